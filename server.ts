@@ -434,8 +434,10 @@ export function parseFlags(args: string[]): Flags {
     version: isOn("version"),
   };
   const [arg] = unknown;
-  if (arg?.startsWith("-")) fail(`unknown flag ${JSON.stringify(arg)}`);
-  if (arg !== undefined) fail(`stray word ${JSON.stringify(arg)}`);
+  if (arg !== undefined) {
+    const what = /^-./.test(arg) ? "unknown flag" : "stray word";
+    fail(`${what} ${JSON.stringify(arg)}`);
+  }
   return parsed;
 }
 

@@ -19,7 +19,7 @@ import {
   assertStringIncludes,
   assertThrows,
 } from "@std/assert";
-import { concat, equals, startsWith } from "@std/bytes";
+import { concat, equals } from "@std/bytes";
 import { Socket } from "node:net";
 import {
   type ConnectionEnd,
@@ -58,8 +58,12 @@ function receive(conn: Deno.Conn): Promise<Uint8Array> {
   return new Response(conn.readable).bytes();
 }
 
+function decode(bytes: Uint8Array): string {
+  return new TextDecoder().decode(bytes);
+}
+
 async function receiveText(conn: Deno.Conn): Promise<string> {
-  return new TextDecoder().decode(await receive(conn));
+  return decode(await receive(conn));
 }
 
 async function assertGreets(server: GreetingServer): Promise<void> {
@@ -113,10 +117,10 @@ Deno.test("serve() greets a client and closes the connection", async () => {
   await assertGreets(server);
   await server.shutdown();
   assertEquals(ends.length, 1);
-  assertEquals(ends[0].bytes, GREETING.length);
-  assertEquals(ends[0].error, undefined);
-  assertEquals(ends[0].remoteAddr.hostname, "127.0.0.1");
-  assertGreaterOrEqual(ends[0].milliseconds, 0);
+  assertEquals(ends[0]!.bytes, GREETING.length);
+  assertEquals(ends[0]!.error, undefined);
+  assertEquals(ends[0]!.remoteAddr.hostname, "127.0.0.1");
+  assertGreaterOrEqual(ends[0]!.milliseconds, 0);
 });
 
 Deno.test("serve() sends bytes as they are, text as UTF-8, and nothing else", async () => {
@@ -147,7 +151,7 @@ Deno.test("serve() sends a greeting larger than the socket buffers whole", async
   const received = await receive(await connect(server));
   assert(equals(received, LARGER_THAN_BUFFERS));
   await server.shutdown();
-  assertEquals(ends[0].bytes, LARGER_THAN_BUFFERS.length);
+  assertEquals(ends[0]!.bytes, LARGER_THAN_BUFFERS.length);
 });
 
 Deno.test("serve() sends a large greeting whole to fast and slow readers, past 200 that read nothing", async () => {
@@ -197,10 +201,10 @@ Deno.test("serve() fails only the connection whose greeting function throws", as
   await assertGreets(server);
   await server.shutdown();
   assertEquals(ends.map((end) => end.bytes), [0, 0, 0, 0, GREETING.length]);
-  assertEquals(ends[0].error, bad[0]);
-  assertEquals(ends[1].error?.cause, "a string");
-  assertInstanceOf(ends[2].error, Error);
-  assertMatch(ends[3].error!.message, /greeting must be a string or a Uint8/);
+  assertEquals(ends[0]!.error, bad[0]);
+  assertEquals(ends[1]!.error?.cause, "a string");
+  assertInstanceOf(ends[2]!.error, Error);
+  assertMatch(ends[3]!.error!.message, /greeting must be a string or a Uint8/);
 });
 
 // ============================ serve(): the clients ============================
@@ -241,7 +245,7 @@ Deno.test("serve() greets a client that reads a byte at a time", async () => {
   using conn = await connect(server);
   const byte = new Uint8Array(1);
   let text = "";
-  while (await conn.read(byte) !== null) text += String.fromCharCode(byte[0]);
+  while (await conn.read(byte) !== null) text += String.fromCharCode(...byte);
   assertEquals(text, GREETING);
 });
 
@@ -281,8 +285,8 @@ Deno.test("serve() reports a client that resets while it is written to", async (
   conn.close(); // with data unread, and so a reset
   await server.shutdown();
   assertEquals(ends.length, 1);
-  assertLess(ends[0].bytes, LARGER_THAN_BUFFERS.length);
-  assertMatch(ends[0].error!.message, /reset|broken pipe/i);
+  assertLess(ends[0]!.bytes, LARGER_THAN_BUFFERS.length);
+  assertMatch(ends[0]!.error!.message, /reset|broken pipe/i);
 });
 
 Deno.test("serve() cuts off at the timeout a client that reads nothing", async () => {
@@ -292,9 +296,9 @@ Deno.test("serve() cuts off at the timeout a client that reads nothing", async (
   });
   using _conn = await connect(server);
   await server.shutdown();
-  assertLess(ends[0].bytes, LARGER_THAN_BUFFERS.length);
-  assertInstanceOf(ends[0].error, Deno.errors.TimedOut);
-  assertGreaterOrEqual(ends[0].milliseconds, 99);
+  assertLess(ends[0]!.bytes, LARGER_THAN_BUFFERS.length);
+  assertInstanceOf(ends[0]!.error, Deno.errors.TimedOut);
+  assertGreaterOrEqual(ends[0]!.milliseconds, 99);
 });
 
 Deno.test("serve() closes at the timeout a greeted client that never closes", async () => {
@@ -303,8 +307,8 @@ Deno.test("serve() closes at the timeout a greeted client that never closes", as
   assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
   assertEquals(await conn.read(new Uint8Array(100)), null);
   await server.shutdown();
-  assertEquals(ends[0].error, undefined);
-  assertGreaterOrEqual(ends[0].milliseconds, 99);
+  assertEquals(ends[0]!.error, undefined);
+  assertGreaterOrEqual(ends[0]!.milliseconds, 99);
 });
 
 Deno.test("serve() keeps each deadline, also of clients that come later", async () => {
@@ -601,7 +605,7 @@ Deno.test("an aborted signal closes a connection that was just accepted", async 
   const { server, ends } = start({ signal: controller.signal });
   assertEquals(await receiveText(await connect(server)), "");
   await server.finished;
-  assertEquals(ends[0].error?.name, "AbortError");
+  assertEquals(ends[0]!.error?.name, "AbortError");
 });
 
 Deno.test("an aborted signal does not harm a server that has stopped", async () => {
@@ -629,3 +633,684 @@ Deno.test("serve() stops when onListen aborts the signal", async () => {
   await server.finished;
   await assertNotServed(server);
 });
+
+// ================================ parseFlags() ================================
+
+Deno.test("parseFlags() leaves the defaults to serve()", () => {
+  assertEquals(parseFlags([]), {
+    hostname: undefined,
+    port: undefined,
+    greeting: undefined,
+    backlog: undefined,
+    timeout: undefined,
+    maxConnections: undefined,
+    reusePort: false,
+    verbose: false,
+    help: false,
+    version: false,
+  });
+});
+
+Deno.test("parseFlags() takes long and short flags, and the last of a repeated one", () => {
+  const cases: [string, Record<string, unknown>][] = [
+    ["--port 80", { port: 80 }],
+    ["--port=0", { port: 0 }],
+    ["-p 65535", { port: 65535 }],
+    ["-p8080", { port: 8080 }],
+    ["-p=8080", { port: 8080 }],
+    ["-p 1 --port 2", { port: 2 }],
+    ["--hostname ::1", { hostname: "::1" }],
+    ["-H localhost", { hostname: "localhost" }],
+    ["--greeting Hi", { greeting: "Hi\n" }],
+    ["-g Hi\n", { greeting: "Hi\n" }],
+    ["--greeting=-", { greeting: "-" }],
+    ["-g -", { greeting: "-" }],
+    ["--greeting=-v", { greeting: "-v\n" }],
+    ["-g a=b", { greeting: "a=b\n" }],
+    ["--greeting=a=b", { greeting: "a=b\n" }],
+    ["--greeting 5", { greeting: "5\n" }],
+    ["--backlog 1", { backlog: 1 }],
+    ["-b 2147483647", { backlog: 2147483647 }],
+    ["--timeout 2", { timeout: 2000 }],
+    ["-t 0.25", { timeout: 250 }],
+    ["-t .5", { timeout: 500 }],
+    ["-t 0.001", { timeout: 1 }],
+    ["--max-connections 7", { maxConnections: 7 }],
+    ["-c 7", { maxConnections: 7 }],
+    ["--reuse-port", { reusePort: true }],
+    ["-r", { reusePort: true }],
+    ["--verbose", { verbose: true }],
+    ["-rv -p 80", { reusePort: true, verbose: true, port: 80 }],
+    ["-h", { help: true }],
+    ["--help", { help: true }],
+    ["-V", { version: true }],
+    ["--version", { version: true }],
+  ];
+  const defaults = parseFlags([]);
+  for (const [line, expected] of cases) {
+    assertEquals(
+      parseFlags(line.split(" ")),
+      { ...defaults, ...expected },
+      line,
+    );
+  }
+});
+
+const BAD_COMMAND_LINES: [string[], string][] = [
+  [["--port="], "--port needs a value"],
+  [["--port"], "--port needs a value"],
+  [["--port", ""], "--port needs a value"],
+  [["--port", "-1"], "--port needs a value"],
+  ...["-1", "1.5", "0x50", "1e3", " 80", "80 ", "65536", "x", "-", "١", "1_0"]
+    .map((value): [string[], string] => [
+      [`--port=${value}`],
+      `--port must be a whole number from 0 to 65535, not "${value}"`,
+    ]),
+  [["--port=1\n2"], String.raw`not "1\n2"`],
+  [["-p"], "--port needs a value"],
+  [["-pv"], "--port needs a value"],
+  [["--hostname"], "--hostname needs a value"],
+  [["--greeting"], "--greeting needs a value"],
+  [["--greeting", "-x"], "--greeting needs a value"],
+  [["--backlog", "0"], "--backlog must be a whole number from 1 to 2147483647"],
+  [["--backlog", "1.5"], `not "1.5"`],
+  [
+    ["-c", "0"],
+    "--max-connections must be a whole number from 1 to 2147483647",
+  ],
+  [["-c", "2147483648"], `not "2147483648"`],
+  ...["0", "0.0", "-1", "x", "1e3", "Infinity", "2147484", "1.", "1,5", "."]
+    .map((value): [string[], string] => [
+      [`--timeout=${value}`],
+      `--timeout must be a number from 0.001 to 2147483, not "${value}"`,
+    ]),
+  [["--verbose=no"], `--verbose takes no value, and was given "no"`],
+  [["--verbose", "yes"], `--verbose takes no value, and was given "yes"`],
+  [["-vp80"], `--verbose takes no value, and was given "p80"`],
+  [["--help=yes"], "--help takes no value"],
+  [["--prot", "80"], `unknown flag "--prot"`],
+  [["--no-port"], `unknown flag "--no-port"`],
+  [["-x"], `unknown flag "-x"`],
+  [["-gno=yes"], `unknown flag "-gno=yes"`],
+  [["--port.x=5"], `unknown flag "--port.x=5"`],
+  [["--__proto__=5"], `unknown flag "--__proto__=5"`],
+  [["9000"], `stray word "9000"`],
+  [[""], `stray word ""`],
+  [["-"], `stray word "-"`],
+  [["--", "9000"], `stray word "9000"`],
+  [["two\nlines"], String.raw`stray word "two\nlines"`],
+];
+
+Deno.test("parseFlags() names what is wrong, in one line", () => {
+  for (const [args, message] of BAD_COMMAND_LINES) {
+    const error = assertThrows(() => parseFlags(args), UsageError);
+    assertStringIncludes(error.message, message);
+    assertMatch(error.message, /^[^\n]+ \(see --help\)$/);
+  }
+});
+
+Deno.test("parseFlags() gives options or a usage error for any arguments", () => {
+  const names = "port hostname greeting backlog timeout max-connections " +
+    "reuse-port verbose help version p H g b t c r v h V x no-port _ __proto__ " +
+    "constructor port.a toString";
+  const pieces = [
+    ...names.split(" ").flatMap((n) => [`--${n}`, `-${n}`, `--${n}=`, n]),
+    ...["-", "--", "=", "", " ", "0", "1", "80", "-1", "1.5", "1e3", "99999"],
+    ...["true", "false", "null", "\n", "\0", "ü", "☎", "::1", "0.0.0.0", "a=b"],
+  ];
+  const pick = () => pieces[Math.floor(Math.random() * pieces.length)]!;
+  let parsed = 0;
+  for (let i = 0; i < 20_000; i++) {
+    const args = Array.from(
+      { length: i % 5 },
+      () => Math.random() < 0.7 ? pick() : pick() + pick(),
+    );
+    try {
+      const flags = parseFlags(args);
+      parsed++;
+      const { port = 0, backlog = 1, timeout = 1, maxConnections = 1 } = flags;
+      assert(Number.isInteger(port) && port >= 0 && port <= 65535);
+      for (const number of [backlog, timeout, maxConnections]) {
+        assert(Number.isInteger(number) && number >= 1);
+      }
+      assert(flags.hostname !== "" && flags.greeting !== "");
+      for (const name of ["reusePort", "verbose", "help", "version"] as const) {
+        assertEquals(typeof flags[name], "boolean");
+      }
+    } catch (error) {
+      if (!(error instanceof UsageError)) throw error;
+      assertMatch(error.message, /^[^\n]+$/);
+    }
+  }
+  assertGreater(parsed, 4000);
+});
+
+// ============================== The command line ==============================
+
+const ignore = Deno.permissions.querySync({ name: "run" }).state !== "granted";
+
+/** What runs the server: after it come the server's own arguments. */
+function denoRun(permission: string): string[] {
+  const server = new URL("server.ts", import.meta.url).href;
+  return [Deno.execPath(), "run", "--no-prompt", permission, server];
+}
+
+/** Runs a shell script to its end, with `args` as its "$@". */
+async function sh(script: string, ...args: string[]) {
+  const command = new Deno.Command("sh", {
+    args: ["-c", script, "sh", ...args],
+  });
+  const { code, stdout, stderr } = await command.output();
+  const [out, err] = [decode(stdout), decode(stderr)];
+  return { code, stdout, out, err };
+}
+
+/** Runs the command line to its end. */
+function cli(args: string[], permission = "--allow-net") {
+  return sh('exec "$@" </dev/null', ...denoRun(permission), ...args);
+}
+
+/** Starts the command line, on a free port of 127.0.0.1 unless `args` differ. */
+async function launch(
+  args: string[] = [],
+  { stdin = new Uint8Array(), limit = "" } = {},
+) {
+  const command = denoRun("--allow-net");
+  const child = new Deno.Command("sh", {
+    args: [
+      "-c",
+      `${limit} exec "$@"`,
+      "sh",
+      ...command,
+      "-H127.0.0.1",
+      "-p0",
+      ...args,
+    ],
+    stdin: "piped",
+    stdout: "null",
+    stderr: "piped",
+  }).spawn();
+  const lines: string[] = [];
+  let news = Promise.withResolvers<void>();
+  const read = (async () => {
+    let text = "";
+    for await (
+      const piece of child.stderr.pipeThrough(new TextDecoderStream())
+    ) {
+      text += piece;
+      const complete = text.split("\n");
+      text = complete.pop()!;
+      lines.push(...complete);
+      news.resolve();
+      news = Promise.withResolvers();
+    }
+    news.promise.catch(() => {});
+    news.reject(new Error(`The server has ended.\n${lines.join("\n")}`));
+  })();
+  /** Waits until standard error has so many lines. */
+  async function count(number: number): Promise<void> {
+    while (lines.length < number) await news.promise;
+  }
+  /** Waits for a line of standard error. */
+  async function line(pattern: RegExp): Promise<RegExpExecArray> {
+    for (let i = 0;; i++) {
+      await count(i + 1);
+      const match = pattern.exec(lines[i]!);
+      if (match) return match;
+    }
+  }
+  const writer = child.stdin.getWriter();
+  await writer.write(stdin);
+  await writer.close();
+  const [, port, nc = ""] = await line(
+    /^Listening on .*:(\d+) \(try: (nc .*)\)$/,
+  );
+  return {
+    pid: child.pid,
+    /** The command of a client, as the server suggests it. */
+    nc,
+    lines,
+    count,
+    line,
+    connect: () => Deno.connect({ hostname: "127.0.0.1", port: Number(port) }),
+    kill: (signal: Deno.Signal) => child.kill(signal),
+    /** Waits for the end: the exit code and the last line. */
+    async end() {
+      const { code } = await child.status;
+      await read;
+      return { code, last: lines.at(-1) };
+    },
+  };
+}
+
+/** A test with processes: left out where it may not start any. */
+function processTest(name: string, fn: () => Promise<void>, without = ignore) {
+  Deno.test({ name: `server.ts ${name}`, ignore: without, fn });
+}
+
+processTest("greets nc, and stops on SIGINT and on SIGTERM", async () => {
+  for (const signal of ["SIGINT", "SIGTERM"] as const) {
+    const server = await launch();
+    assertMatch(
+      server.lines[0],
+      /^Listening on 127\.0\.0\.1:(\d+) \(try: nc 127\.0\.0\.1 \1\)$/,
+    );
+    const silent = await sh(`${server.nc} </dev/null`);
+    assertEquals(silent.out, GREETING);
+    const talking = await sh(`echo Hello from nc | ${server.nc}`);
+    assertEquals(talking.out, GREETING);
+    server.kill(signal);
+    assertEquals(await server.end(), {
+      code: 0,
+      last: "Stopped: 2 greeted, 0 failed",
+    });
+    assertEquals(server.lines.length, 2);
+  }
+});
+
+processTest("shows how to reach it on IPv4 and IPv6", async () => {
+  const cases: [string, string, string][] = [
+    ["0.0.0.0", "0.0.0.0", "localhost"],
+    ["::", "[::]", "localhost"],
+    ["::1", "[::1]", "::1"],
+    ["localhost", "127.0.0.1", "127.0.0.1"],
+  ];
+  for (const [host, shown, client] of cases) {
+    const server = await launch(["--hostname", host]);
+    assertStringIncludes(server.lines[0], `Listening on ${shown}:`);
+    assertStringIncludes(server.lines[0], `(try: nc ${client} `);
+    assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
+    server.kill("SIGTERM");
+    assertEquals((await server.end()).code, 0);
+  }
+}, ignore || !hasIPv6);
+
+processTest(
+  "sends a greeting of the user's, and adds a newline where it has none",
+  async () => {
+    for (
+      const [args, expected] of [
+        [["-g", "Hi there"], "Hi there\n"],
+        [["--greeting=☎\n"], "☎\n"],
+      ] as const
+    ) {
+      const server = await launch([...args]);
+      assertEquals((await sh(`${server.nc} </dev/null`)).out, expected);
+      server.kill("SIGTERM");
+      assertEquals((await server.end()).code, 0);
+    }
+  },
+);
+
+processTest("sends standard input byte for byte", async () => {
+  for (const stdin of [LARGER_THAN_BUFFERS, new Uint8Array()] as const) {
+    const server = await launch(["--greeting=-"], { stdin });
+    assert(equals((await sh(`${server.nc} </dev/null`)).stdout, stdin));
+    server.kill("SIGTERM");
+    assertEquals(await server.end(), {
+      code: 0,
+      last: "Stopped: 1 greeted, 0 failed",
+    });
+  }
+});
+
+processTest("says that it cannot read standard input", async () => {
+  const { code, out, err } = await sh(
+    'exec "$@" </',
+    ...denoRun("--allow-net"),
+    "-p0",
+    "-g-",
+  );
+  assertEquals([code, out], [1, ""]);
+  assertMatch(err, /^Cannot read standard input: Is a directory.*\n$/);
+});
+
+processTest("prints a line for every connection with --verbose", async () => {
+  const server = await launch(["--verbose", "--timeout=0.2", "--greeting=-"], {
+    stdin: LARGER_THAN_BUFFERS,
+  });
+  const good = await server.connect();
+  const { port } = good.localAddr as Deno.NetAddr;
+  await receive(good);
+  await server.line(
+    new RegExp(
+      `^127\\.0\\.0\\.1:${port} greeted: ${LARGER_THAN_BUFFERS.length} bytes, \\d+\\.\\d ms$`,
+    ),
+  );
+  using stuck = await server.connect();
+  const { port: stuckPort } = stuck.localAddr as Deno.NetAddr;
+  await server.line(
+    new RegExp(
+      `^127\\.0\\.0\\.1:${stuckPort} failed, not taken in 200 ms: \\d+ bytes, \\d+\\.\\d ms$`,
+    ),
+  );
+  server.kill("SIGTERM");
+  assertEquals(await server.end(), {
+    code: 0,
+    last: "Stopped: 1 greeted, 1 failed",
+  });
+});
+
+processTest(
+  "answers a bad command line with one line and exit code 2",
+  async () => {
+    // A process for each kind of problem; the tests of parseFlags() have them all.
+    for (
+      const args of [
+        ["--port="],
+        ["-p1.5"],
+        ["--bogus"],
+        ["stray"],
+        ["-t0"],
+        ["-c0"],
+        ["-b"],
+        ["-v=1"],
+      ]
+    ) {
+      const { code, out, err } = await cli(args, "--no-prompt");
+      assertEquals([code, out], [2, ""], args.join(" "));
+      assertMatch(err, /^[^\n]+ \(see --help\)\n$/);
+    }
+  },
+);
+
+processTest(
+  "says in one line why it cannot listen, with exit code 1",
+  async () => {
+    using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+    const { port } = listener.addr as Deno.NetAddr;
+    const cases: [string, string[], string, RegExp][] = [
+      [
+        "127.0.0.1:" + port,
+        ["-H", "127.0.0.1", "-p", `${port}`],
+        "--allow-net",
+        /in use.*--port/,
+      ],
+      [
+        "203.0.113.1:9000",
+        ["-H", "203.0.113.1"],
+        "--allow-net",
+        /this machine.*--hostname/,
+      ],
+      [
+        "no.such.host.invalid:9000",
+        ["-H", "no.such.host.invalid"],
+        "--allow-net",
+        /does not resolve.*--hostname/,
+      ],
+      ["a\\nb:9000", ["-H", "a\nb"], "--allow-net", /invalid host/],
+      [
+        "[::1]:9000",
+        ["-H", "::1"],
+        "--allow-net=0.0.0.0:9000",
+        /permission.*--allow-net/,
+      ],
+      ["0.0.0.0:9000", [], "--no-prompt", /permission.*--allow-net/],
+    ];
+    for (const [address, args, permission, why] of cases) {
+      const { code, out, err } = await cli(args, permission);
+      assertEquals([code, out], [1, ""], err);
+      assertMatch(err, /^[^\n]+\n$/);
+      assertStringIncludes(err, `Cannot listen on ${address}: `);
+      assertMatch(err, why);
+    }
+  },
+);
+
+processTest("says that a port is privileged", async () => {
+  const script =
+    '[ "$(id -u)" = 0 ] && without="setpriv --bounding-set=-net_bind_service"; exec $without "$@"';
+  const { code, out, err } = await sh(
+    script,
+    ...denoRun("--allow-net"),
+    "-p",
+    "1",
+  );
+  assertEquals([code, out], [1, ""]);
+  assertMatch(err, /^Cannot listen on 0\.0\.0\.0:1: .*privileged.*--port.*\n$/);
+}, ignore || Deno.build.os !== "linux");
+
+processTest(
+  "prints help and version to standard output, without any permission",
+  async () => {
+    const help = await cli(["--help"], "--no-prompt");
+    assertEquals([help.code, help.err], [0, ""]);
+    assertStringIncludes(help.out, "--greeting <text>");
+    const { default: config } = await import("./deno.json", {
+      with: { type: "json" },
+    });
+    const version = await cli(["-V"], "--no-prompt");
+    assertEquals([version.code, version.err], [0, ""]);
+    assertEquals(version.out, `${config.name} ${config.version}\n`);
+  },
+);
+
+processTest("needs no more permission than its own address", async () => {
+  const script = '"$@" 2>&1 & read -r line; kill $!';
+  const { out } = await sh(
+    'timeout -s INT 1 "$@" 2>&1',
+    ...denoRun("--allow-net=0.0.0.0:0"),
+    "-p0",
+  );
+  assertMatch(out, /^Listening on .*\nStopped: 0 greeted, 0 failed\n$/, script);
+});
+
+processTest(
+  "lets open connections end when told to stop, and says what it waits for",
+  async () => {
+    const server = await launch(["--timeout=0.5"]);
+    using conn = await server.connect();
+    await conn.read(new Uint8Array(100));
+    server.kill("SIGTERM");
+    await server.line(/^Stopping: waiting for 1 /);
+    assertEquals(await server.end(), {
+      code: 0,
+      last: "Stopped: 1 greeted, 0 failed",
+    });
+  },
+);
+
+processTest("stops at once on a second signal", async () => {
+  for (
+    const [first, second, expected] of [
+      ["SIGINT", "SIGINT", 130],
+      ["SIGINT", "SIGTERM", 143],
+    ] as const
+  ) {
+    const server = await launch(["--timeout=1000", "--greeting=-"], {
+      stdin: LARGER_THAN_BUFFERS,
+    });
+    using conn = await server.connect();
+    await conn.read(new Uint8Array(100));
+    server.kill(first);
+    await server.line(/^Stopping/);
+    server.kill(second);
+    assertEquals(await server.end(), {
+      code: expected,
+      last: "Stopped: 0 greeted, 1 failed",
+    });
+  }
+});
+
+processTest(
+  "loses no accepted client when it is stopped under load",
+  async () => {
+    const server = await launch();
+    let whole = 0;
+    const warm = Promise.withResolvers<void>();
+    const clients = Array.from({ length: 64 }, async () => {
+      const partial: string[] = [];
+      while (true) {
+        let text: string;
+        try {
+          text = await receiveText(await server.connect());
+        } catch {
+          return partial; // refused, or reset in the queue: not accepted
+        }
+        if (text === GREETING) whole++;
+        else partial.push(text);
+        if (whole === 2000) warm.resolve();
+      }
+    });
+    await warm.promise;
+    server.kill("SIGTERM");
+    const { code, last } = await server.end();
+    assertEquals((await Promise.all(clients)).flat(), []);
+    assertEquals(code, 0);
+    const [, greeted, failed] = /^Stopped: (\d+) greeted, (\d+) failed$/.exec(
+      last!,
+    )!;
+    assertGreaterOrEqual(Number(greeted), whole);
+    assertEquals(failed, "0");
+  },
+);
+
+processTest(
+  "lives through a want of file descriptors, and greets all in the end",
+  async () => {
+    const began = performance.now();
+    const server = await launch(["--timeout=1"], { limit: "ulimit -n 64;" });
+    const conns = await Promise.all(
+      Array.from({ length: 200 }, server.connect),
+    );
+    for (const conn of conns) { // they read, but never close
+      assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
+    }
+    server.kill("SIGTERM");
+    assertEquals(await server.end(), {
+      code: 0,
+      last: "Stopped: 200 greeted, 0 failed",
+    });
+    conns.forEach((conn) => conn.close());
+    const complaints = server.lines.filter((line) =>
+      line.startsWith("Cannot accept")
+    );
+    assertMatch(complaints[0], /^Cannot accept.*Too many open files/);
+    assertLessOrEqual(
+      complaints.length,
+      1 + (performance.now() - began) / 1000,
+    );
+  },
+);
+
+processTest(
+  "holds waiting clients in little memory, and gives every descriptor back",
+  async () => {
+    const clients = 2000;
+    const server = await launch(["--timeout=5", "--verbose"]);
+    const figures = async () => {
+      const { out } = await sh(
+        `awk '/VmRSS/ { print $2 }' /proc/${server.pid}/status; ls /proc/${server.pid}/fd | wc -l`,
+      );
+      const [kilobytes = NaN, descriptors = NaN] = out.split("\n").map(Number);
+      return { kilobytes, descriptors };
+    };
+    for (let i = 0; i < 500; i++) await receive(await server.connect()); // warm up
+    const before = await figures();
+    const conns = await Promise.all(
+      Array.from({ length: clients }, server.connect),
+    );
+    for (const conn of conns) await conn.read(new Uint8Array(100));
+    const during = await figures();
+    assertEquals(during.descriptors - before.descriptors, clients);
+    assertLess((during.kilobytes - before.kilobytes) / clients, 10);
+    await server.count(1 + 500 + clients);
+    assertEquals((await figures()).descriptors, before.descriptors);
+    conns.forEach((conn) => conn.close());
+    server.kill("SIGTERM");
+    assertEquals((await server.end()).code, 0);
+  },
+  ignore || Deno.build.os !== "linux",
+);
+
+processTest("shares a port between processes with --reuse-port", async () => {
+  const first = await launch(["--reuse-port", "--greeting=first"]);
+  const port = first.nc.split(" ").at(-1)!;
+  const second = await launch([
+    "--reuse-port",
+    "--greeting=second",
+    "--port",
+    port,
+  ]);
+  const served = { first: 0, second: 0 };
+  const greetOne = async () => {
+    const text = await receiveText(await first.connect());
+    served[text.trim() as keyof typeof served]++;
+  };
+  for (let i = 0; i < 200; i++) await greetOne();
+  assertGreater(served.first, 20);
+  assertGreater(served.second, 20);
+  first.kill("SIGTERM");
+  assertEquals(await first.end(), {
+    code: 0,
+    last: `Stopped: ${served.first} greeted, 0 failed`,
+  });
+  const before = served.second;
+  for (let i = 0; i < 50; i++) await greetOne();
+  assertEquals(served.second, before + 50);
+  second.kill("SIGTERM");
+  assertEquals(await second.end(), {
+    code: 0,
+    last: `Stopped: ${served.second} greeted, 0 failed`,
+  });
+}, ignore || Deno.build.os !== "linux");
+
+// ================================= Benchmarks =================================
+
+/** The accept loop that examples show: no half-close, no drain, no deadline. */
+function bareLoop(): { port: number; stop(): void } {
+  const greeting = new TextEncoder().encode(GREETING);
+  const listener = Deno.listen({
+    hostname: "127.0.0.1",
+    port: 0,
+    tcpBacklog: 4096,
+  });
+  async function greet(conn: Deno.Conn) {
+    await conn.write(greeting);
+    conn.close();
+  }
+  (async () => {
+    for await (const conn of listener) greet(conn);
+  })();
+  const { port } = listener.addr as Deno.NetAddr;
+  return { port, stop: () => listener.close() };
+}
+
+function greetingServer(): { port: number; stop(): Promise<void> } {
+  const { server } = start();
+  return { port: server.addr.port, stop: server.shutdown };
+}
+
+/** Greets `total` clients, `atOnce` of them at the same time. */
+async function load(port: number, atOnce: number, total: number) {
+  let left = total;
+  async function client() {
+    const buffer = new Uint8Array(100);
+    while (left-- > 0) {
+      using conn = await Deno.connect({ hostname: "127.0.0.1", port });
+      let bytes = 0;
+      for (let n; (n = await conn.read(buffer)) !== null;) bytes += n;
+      assertEquals(bytes, GREETING.length);
+    }
+  }
+  await Promise.all(Array.from({ length: atOnce }, client));
+}
+
+for (const atOnce of [1, 64]) {
+  for (const launchServer of [bareLoop, greetingServer]) {
+    Deno.bench({
+      name: launchServer === bareLoop ? "bare loop" : "serve()",
+      group: `1000 clients, ${atOnce} at once`,
+      baseline: launchServer === bareLoop,
+      warmup: 2,
+      n: 20,
+      async fn(b) {
+        const { port, stop } = launchServer();
+        b.start();
+        await load(port, atOnce, 1000);
+        b.end();
+        await stop();
+      },
+    });
+  }
+}
