@@ -281,9 +281,10 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   // One timer keeps all deadlines: the oldest connection is the first due.
   function cutOverdue() {
     const now = performance.now();
+    const late = new Deno.errors.TimedOut(`not taken in ${timeout} ms`);
     let oldest = ring.newer;
     while (oldest !== ring && oldest.since + timeout <= now) {
-      cut(oldest, new Deno.errors.TimedOut(`not taken in ${timeout} ms`));
+      cut(oldest, late);
       oldest = oldest.newer;
     }
     deadline = oldest === ring

@@ -379,6 +379,21 @@ Deno.test("serve() goes on after accept() has failed", async () => {
   assertEquals(errors, Array(3).fill(outOfDescriptors));
 });
 
+Deno.test("serve() does not report that a client gave up before it was accepted", async () => {
+  // What some systems report where Linux hands out a dead connection.
+  let failures = 3;
+  using _ = replaceAccept((accept) =>
+    failures-- > 0
+      ? Promise.reject(new Deno.errors.ConnectionAborted())
+      : accept()
+  );
+  const errors: Error[] = [];
+  const { server } = start({ onAcceptError: (e) => void errors.push(e) });
+  await assertGreets(server);
+  await server.shutdown();
+  assertEquals(errors, []);
+});
+
 Deno.test("shutdown() resolves while accept() fails", async () => {
   const failed = Promise.withResolvers<Error>();
   using _ = replaceAccept(() => Promise.reject(new Error("no memory")));
@@ -904,7 +919,6 @@ processTest("greets nc, and stops on SIGINT and on SIGTERM", async () => {
       code: 0,
       last: "Stopped: 2 greeted, 0 failed",
     });
-    assertEquals(server.lines.length, 2);
   }
 });
 
