@@ -1317,7 +1317,7 @@ for (const atOnce of [1, 64]) {
       group: `1000 clients, ${atOnce} at once`,
       baseline: launchServer === bareLoop,
       warmup: 2,
-      n: 20,
+      n: 50,
       async fn(b) {
         const { port, stop } = launchServer();
         b.start();
