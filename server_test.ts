@@ -907,7 +907,7 @@ processTest("greets nc, and stops on SIGINT and on SIGTERM", async () => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
     const server = await launch();
     assertMatch(
-      server.lines[0],
+      server.lines[0]!,
       /^Listening on 127\.0\.0\.1:(\d+) \(try: nc 127\.0\.0\.1 \1\)$/,
     );
     const silent = await sh(`${server.nc} </dev/null`);
@@ -931,8 +931,8 @@ processTest("shows how to reach it on IPv4 and IPv6", async () => {
   ];
   for (const [host, shown, client] of cases) {
     const server = await launch(["--hostname", host]);
-    assertStringIncludes(server.lines[0], `Listening on ${shown}:`);
-    assertStringIncludes(server.lines[0], `(try: nc ${client} `);
+    assertStringIncludes(server.lines[0]!, `Listening on ${shown}:`);
+    assertStringIncludes(server.lines[0]!, `(try: nc ${client} `);
     assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
     server.kill("SIGTERM");
     assertEquals((await server.end()).code, 0);
@@ -1199,7 +1199,7 @@ processTest(
     const complaints = server.lines.filter((line) =>
       line.startsWith("Cannot accept")
     );
-    assertMatch(complaints[0], /^Cannot accept.*Too many open files/);
+    assertMatch(complaints[0]!, /^Cannot accept.*Too many open files/);
     assertLessOrEqual(
       complaints.length,
       1 + (performance.now() - began) / 1000,
