@@ -1116,7 +1116,7 @@ processTest(
     using conn = await server.connect();
     await conn.read(new Uint8Array(100));
     server.kill("SIGTERM");
-    await server.line(/^Stopping: waiting for 1 /);
+    await server.line(/^Stopping: waiting for open connections \(1\)/);
     assertEquals(await server.end(), {
       code: 0,
       last: "Stopped: 1 greeted, 0 failed",
