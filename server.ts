@@ -58,7 +58,7 @@ export interface ServeOptions {
   onListen?: (localAddr: Deno.NetAddr) => void;
   /** Called when a connection has ended. See `finished` if it throws. */
   onConnectionEnd?: (end: ConnectionEnd) => void;
-  /** Called when accept() fails: no descriptor is left, say. It is retried. */
+  /** Called when accept() fails, for want of descriptors, say. It is retried. */
   onAcceptError?: (error: Error) => void;
 }
 
@@ -70,7 +70,10 @@ export interface ConnectionEnd {
   bytes: number;
   /** How long the connection lived, in milliseconds. */
   milliseconds: number;
-  /** Why it did not take them all: a time-out, an abort, a reset and so on. */
+  /**
+   * Why it did not take all of them: `Deno.errors.TimedOut`, the reason of the
+   * abort, what the greeting function threw, or the error of the write.
+   */
   error?: Error;
 }
 
@@ -194,8 +197,8 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   let deadlineTimer: ReturnType<typeof setTimeout> | undefined;
   let thrown: { error: unknown } | undefined;
 
-  // Accepting waits for room, and then the end for the last connection. Each is
-  // woken when a first write or a connection ends and when the server is stopped.
+  // Accepting waits for room, and after it the end for the last connection: each
+  // end of a first write or of a connection wakes whichever it is.
   let wake = () => {};
   const change = () => new Promise<void>((resolve) => wake = resolve);
 
@@ -305,7 +308,6 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   // Step 8: shut the server down.
   function shutdown() {
     listener[Symbol.dispose](); // close(), but without an error the second time
-    wake();
     return finished;
   }
 

@@ -289,6 +289,19 @@ Deno.test("serve() reports a client that resets while it is written to", async (
   assertMatch(ends[0]!.error!.message, /reset|broken pipe/i);
 });
 
+Deno.test("serve() counts a client as greeted that resets right after the greeting", async () => {
+  using _ = replaceAccept(async (accept) =>
+    Object.assign(await accept(), {
+      closeWrite: () => Promise.reject(new Deno.errors.NotConnected()),
+    })
+  );
+  const { server, ends } = start();
+  await assertGreets(server);
+  await server.shutdown();
+  assertEquals(ends[0]!.bytes, GREETING.length);
+  assertEquals(ends[0]!.error, undefined);
+});
+
 Deno.test("serve() cuts off at the timeout a client that reads nothing", async () => {
   const { server, ends } = start({
     greeting: LARGER_THAN_BUFFERS,
@@ -444,6 +457,22 @@ Deno.test({
       assertEquals(await receiveText(conn), GREETING);
     }
   },
+});
+
+Deno.test("serve() hands the backlog to the kernel", async () => {
+  const { listen } = Deno;
+  const backlogs: unknown[] = [];
+  Deno.listen = ((options: Deno.TcpListenOptions) => {
+    backlogs.push(options.tcpBacklog);
+    return listen(options);
+  }) as unknown as typeof Deno.listen;
+  try {
+    await start().server.shutdown();
+    await start({ backlog: 7 }).server.shutdown();
+  } finally {
+    Deno.listen = listen;
+  }
+  assertEquals(backlogs, [4096, 7]);
 });
 
 Deno.test("serve() throws where it cannot listen", async () => {
@@ -629,6 +658,18 @@ Deno.test("an aborted signal does not harm a server that has stopped", async () 
   await server.shutdown();
   controller.abort();
   await server.finished;
+});
+
+Deno.test("a signal keeps no hold of a server that has stopped", async () => {
+  const listeners = new Set<unknown>();
+  const signal = Object.assign(new AbortController().signal, {
+    addEventListener: (_: string, f: unknown) => void listeners.add(f),
+    removeEventListener: (_: string, f: unknown) => void listeners.delete(f),
+  });
+  const { server } = start({ signal });
+  assertEquals(listeners.size, 1);
+  await server.shutdown();
+  assertEquals(listeners.size, 0);
 });
 
 Deno.test("serve() throws the reason of a signal that is aborted already", () => {
