@@ -119,7 +119,7 @@ function toBytes(greeting: Greeting): Uint8Array {
  * of 4,000 clients at once: 1.5 s, with the pause 0.2 s). First writes alone
  * count, as they go into empty buffers: none of them waits for its client.
  */
-const MAX_FIRST_WRITES = 32;
+const MAX_FIRST_WRITES = 64;
 
 /** Pause after a failed accept(), in milliseconds. */
 const ACCEPT_PAUSE = 100;
