@@ -380,7 +380,7 @@ Usage: deno run --allow-net server.ts [options]
                              newline added where it has none; --greeting=- is
                              standard input, byte for byte
   -b, --backlog <n>          connections the kernel queues for accept() (4096)
-  -t, --timeout <seconds>    how long one connection may live (5)
+  -t, --timeout <seconds>    how long one connection may live, such as 0.5 (5)
   -c, --max-connections <n>  connections held at once; more wait (10000)
   -r, --reuse-port           share the port with other processes (Linux)
   -v, --verbose              print a line for every connection
@@ -566,7 +566,9 @@ async function main(args: string[]): Promise<number> {
       server.shutdown();
       const open = server.connections;
       if (open === 0) return;
-      say(`Stopping: waiting for open connections (${open}); again: at once`);
+      say(
+        `Stopping: waiting for clients (${open} left); a second signal stops at once`,
+      );
     });
   }
   const { addr } = server;

@@ -1157,7 +1157,9 @@ processTest(
     using conn = await server.connect();
     await conn.read(new Uint8Array(100));
     server.kill("SIGTERM");
-    await server.line(/^Stopping: waiting for open connections \(1\)/);
+    await server.line(
+      /^Stopping: waiting for clients \(1 left\); a second signal stops at once$/,
+    );
     assertEquals(await server.end(), {
       code: 0,
       last: "Stopped: 1 greeted, 0 failed",
