@@ -181,8 +181,12 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   signal?.throwIfAborted();
 
   // Steps 1 to 4 are one call: socket(), the address, bind() and listen().
-  const tcpBacklog = backlog;
-  const listener = Deno.listen({ hostname, port, tcpBacklog, reusePort });
+  const listener = Deno.listen({
+    hostname,
+    port,
+    tcpBacklog: backlog,
+    reusePort,
+  });
   const addr = listener.addr as Deno.NetAddr;
   try {
     onListen?.(addr);
@@ -450,7 +454,7 @@ export function parseFlags(args: string[]): Flags {
   if (greeting && greeting !== "-" && !greeting.endsWith("\n")) {
     greeting += "\n";
   }
-  const seconds = number("timeout", 0.001, 2147483, false);
+  const seconds = number("timeout", 0.001, Math.floor(MAX_INT32 / 1000), false);
   const parsed = {
     hostname: text("hostname"),
     port: number("port", 0, 65535),

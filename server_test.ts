@@ -846,9 +846,9 @@ Deno.test("parseFlags() gives options or a usage error for any arguments", () =>
 const ignore = Deno.permissions.querySync({ name: "run" }).state !== "granted";
 
 /** What runs the server: after it come the server's own arguments. */
-function denoRun(permission: string): string[] {
+function denoRun(...permissions: string[]): string[] {
   const server = new URL("server.ts", import.meta.url).href;
-  return [Deno.execPath(), "run", "--no-prompt", permission, server];
+  return [Deno.execPath(), "run", "--no-prompt", ...permissions, server];
 }
 
 /** Runs a shell script to its end, with `args` as its "$@". */
@@ -862,22 +862,21 @@ async function sh(script: string, ...args: string[]) {
 }
 
 /** Runs the command line to its end. */
-function cli(args: string[], permission = "--allow-net") {
-  return sh('exec "$@" </dev/null', ...denoRun(permission), ...args);
+function cli(args: string[], ...permissions: string[]) {
+  return sh('exec "$@" </dev/null', ...denoRun(...permissions), ...args);
 }
 
 /** Starts the command line, on a free port of 127.0.0.1 unless `args` differ. */
 async function launch(
   args: string[] = [],
-  { stdin = new Uint8Array(), limit = "" } = {},
+  { stdin = new Uint8Array(), limit = "", permission = "--allow-net" } = {},
 ) {
-  const command = denoRun("--allow-net");
   const child = new Deno.Command("sh", {
     args: [
       "-c",
       `${limit} exec "$@"`,
       "sh",
-      ...command,
+      ...denoRun(permission),
       "-H127.0.0.1",
       "-p0",
       ...args,
@@ -921,6 +920,12 @@ async function launch(
   const [, port, nc = ""] = await line(
     /^Listening on .*:(\d+) \(try: (nc .*)\)$/,
   );
+  /** Waits for the end: the exit code and the last line. */
+  async function end() {
+    const { code } = await child.status;
+    await read;
+    return { code, last: lines.at(-1) };
+  }
   return {
     pid: child.pid,
     /** The command of a client, as the server suggests it. */
@@ -930,11 +935,10 @@ async function launch(
     line,
     connect: () => Deno.connect({ hostname: "127.0.0.1", port: Number(port) }),
     kill: (signal: Deno.Signal) => child.kill(signal),
-    /** Waits for the end: the exit code and the last line. */
-    async end() {
-      const { code } = await child.status;
-      await read;
-      return { code, last: lines.at(-1) };
+    end,
+    stop(signal: Deno.Signal = "SIGTERM") {
+      child.kill(signal);
+      return end();
     },
   };
 }
@@ -955,8 +959,7 @@ processTest("greets nc, and stops on SIGINT and on SIGTERM", async () => {
     assertEquals(silent.out, GREETING);
     const talking = await sh(`echo Hello from nc | ${server.nc}`);
     assertEquals(talking.out, GREETING);
-    server.kill(signal);
-    assertEquals(await server.end(), {
+    assertEquals(await server.stop(signal), {
       code: 0,
       last: "Stopped: 2 greeted, 0 failed",
     });
@@ -975,8 +978,7 @@ processTest("shows how to reach it on IPv4 and IPv6", async () => {
     assertStringIncludes(server.lines[0]!, `Listening on ${shown}:`);
     assertStringIncludes(server.lines[0]!, `(try: nc ${client} `);
     assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
-    server.kill("SIGTERM");
-    assertEquals((await server.end()).code, 0);
+    assertEquals((await server.stop()).code, 0);
   }
 }, ignore || !hasIPv6);
 
@@ -991,8 +993,7 @@ processTest(
     ) {
       const server = await launch([...args]);
       assertEquals((await sh(`${server.nc} </dev/null`)).out, expected);
-      server.kill("SIGTERM");
-      assertEquals((await server.end()).code, 0);
+      assertEquals((await server.stop()).code, 0);
     }
   },
 );
@@ -1001,8 +1002,7 @@ processTest("sends standard input byte for byte", async () => {
   for (const stdin of [LARGER_THAN_BUFFERS, new Uint8Array()] as const) {
     const server = await launch(["--greeting=-"], { stdin });
     assert(equals((await sh(`${server.nc} </dev/null`)).stdout, stdin));
-    server.kill("SIGTERM");
-    assertEquals(await server.end(), {
+    assertEquals(await server.stop(), {
       code: 0,
       last: "Stopped: 1 greeted, 0 failed",
     });
@@ -1039,8 +1039,7 @@ processTest("prints a line for every connection with --verbose", async () => {
       `^127\\.0\\.0\\.1:${stuckPort} failed, not taken in 200 ms: \\d+ bytes, \\d+\\.\\d ms$`,
     ),
   );
-  server.kill("SIGTERM");
-  assertEquals(await server.end(), {
+  assertEquals(await server.stop(), {
     code: 0,
     last: "Stopped: 1 greeted, 1 failed",
   });
@@ -1062,7 +1061,7 @@ processTest(
         ["-v=1"],
       ]
     ) {
-      const { code, out, err } = await cli(args, "--no-prompt");
+      const { code, out, err } = await cli(args);
       assertEquals([code, out], [2, ""], args.join(" "));
       assertMatch(err, /^[^\n]+ \(see --help\)\n$/);
     }
@@ -1074,36 +1073,36 @@ processTest(
   async () => {
     using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
     const { port } = listener.addr as Deno.NetAddr;
-    const cases: [string, string[], string, RegExp][] = [
+    const cases: [string, string[], string[], RegExp][] = [
       [
         "127.0.0.1:" + port,
         ["-H", "127.0.0.1", "-p", `${port}`],
-        "--allow-net",
+        ["--allow-net"],
         /in use.*--port/,
       ],
       [
         "203.0.113.1:9000",
         ["-H", "203.0.113.1"],
-        "--allow-net",
+        ["--allow-net"],
         /this machine.*--hostname/,
       ],
       [
         "no.such.host.invalid:9000",
         ["-H", "no.such.host.invalid"],
-        "--allow-net",
+        ["--allow-net"],
         /does not resolve.*--hostname/,
       ],
-      ["a\\nb:9000", ["-H", "a\nb"], "--allow-net", /invalid host/],
+      ["a\\nb:9000", ["-H", "a\nb"], ["--allow-net"], /invalid host/],
       [
         "[::1]:9000",
         ["-H", "::1"],
-        "--allow-net=0.0.0.0:9000",
+        ["--allow-net=0.0.0.0:9000"],
         /permission.*--allow-net/,
       ],
-      ["0.0.0.0:9000", [], "--no-prompt", /permission.*--allow-net/],
+      ["0.0.0.0:9000", [], [], /permission.*--allow-net/],
     ];
-    for (const [address, args, permission, why] of cases) {
-      const { code, out, err } = await cli(args, permission);
+    for (const [address, args, permissions, why] of cases) {
+      const { code, out, err } = await cli(args, ...permissions);
       assertEquals([code, out], [1, ""], err);
       assertMatch(err, /^[^\n]+\n$/);
       assertStringIncludes(err, `Cannot listen on ${address}: `);
@@ -1128,26 +1127,26 @@ processTest("says that a port is privileged", async () => {
 processTest(
   "prints help and version to standard output, without any permission",
   async () => {
-    const help = await cli(["--help"], "--no-prompt");
+    const help = await cli(["--help"]);
     assertEquals([help.code, help.err], [0, ""]);
     assertStringIncludes(help.out, "--greeting <text>");
     const { default: config } = await import("./deno.json", {
       with: { type: "json" },
     });
-    const version = await cli(["-V"], "--no-prompt");
+    const version = await cli(["-V"]);
     assertEquals([version.code, version.err], [0, ""]);
     assertEquals(version.out, `${config.name} ${config.version}\n`);
   },
 );
 
 processTest("needs no more permission than its own address", async () => {
-  const script = '"$@" 2>&1 & read -r line; kill $!';
-  const { out } = await sh(
-    'timeout -s INT 1 "$@" 2>&1',
-    ...denoRun("--allow-net=0.0.0.0:0"),
-    "-p0",
-  );
-  assertMatch(out, /^Listening on .*\nStopped: 0 greeted, 0 failed\n$/, script);
+  const permission = "--allow-net=0.0.0.0:0";
+  const server = await launch(["-H", "0.0.0.0"], { permission });
+  assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
+  assertEquals(await server.stop(), {
+    code: 0,
+    last: "Stopped: 1 greeted, 0 failed",
+  });
 });
 
 processTest(
@@ -1228,19 +1227,23 @@ function crowd(size: number, connect: () => Promise<Deno.Conn>) {
   };
 }
 
+/** A server ended well, and counted no fewer than its clients did. */
+function assertLostNobody(end: { code: number; last?: string }, sent: number) {
+  const count = /^Stopped: (\d+) greeted, 0 failed$/.exec(end.last!);
+  assertGreaterOrEqual(Number(count?.[1]), sent);
+  assertEquals(end.code, 0);
+}
+
 processTest(
   "loses no accepted client when it is stopped under load",
   async () => {
     const server = await launch();
     const clients = crowd(64, server.connect);
     await clients.more(2000);
-    server.kill("SIGTERM");
-    const { code, last } = await server.end();
+    const end = await server.stop();
     await clients.leave();
     assertEquals(Object.keys(clients.sent), [GREETING]);
-    const count = /^Stopped: (\d+) greeted, 0 failed$/.exec(last!);
-    assertGreaterOrEqual(Number(count?.[1]), clients.sent[GREETING]!);
-    assertEquals(code, 0);
+    assertLostNobody(end, clients.sent[GREETING]!);
   },
 );
 
@@ -1255,8 +1258,7 @@ processTest(
     for (const conn of conns) { // they read, but never close
       assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
     }
-    server.kill("SIGTERM");
-    assertEquals(await server.end(), {
+    assertEquals(await server.stop(), {
       code: 0,
       last: "Stopped: 200 greeted, 0 failed",
     });
@@ -1296,8 +1298,7 @@ processTest(
     await server.count(1 + 500 + clients);
     assertEquals((await figures()).descriptors, before.descriptors);
     conns.forEach((conn) => conn.close());
-    server.kill("SIGTERM");
-    assertEquals((await server.end()).code, 0);
+    assertEquals((await server.stop()).code, 0);
   },
   ignore || Deno.build.os !== "linux",
 );
@@ -1313,21 +1314,11 @@ processTest("shares a port between processes with --reuse-port", async () => {
   assertGreater(sent["first\n"]!, 100);
   assertGreater(sent["second\n"]!, 100);
 
-  first.kill("SIGTERM"); // in their midst
-  const end = await first.end();
+  const end = await first.stop(); // in their midst
   await clients.more(200);
   await clients.leave();
-  second.kill("SIGTERM");
-  for (
-    const [name, { code, last }] of [["first\n", end], [
-      "second\n",
-      await second.end(),
-    ]] as const
-  ) {
-    const count = /^Stopped: (\d+) greeted, 0 failed$/.exec(last!);
-    assertGreaterOrEqual(Number(count?.[1]), sent[name]!);
-    assertEquals(code, 0);
-  }
+  assertLostNobody(end, sent["first\n"]!);
+  assertLostNobody(await second.stop(), sent["second\n"]!);
   assertEquals(Object.keys(sent).sort(), ["first\n", "second\n"]);
 }, ignore || Deno.build.os !== "linux");
 
