@@ -763,6 +763,8 @@ async function stopOnSignals(server: GreetingServer, atOnce: AbortController) {
     Deno.addSignalListener(signal, () => {
       if (stopping) {
         exitCode = code;
+        // In any case, even where close() cannot end a pending write.
+        setTimeout(() => Deno.exit(code), 1000);
         return atOnce.abort(new Error("stopped at once"));
       }
       stopping = true;
