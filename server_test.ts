@@ -1668,8 +1668,8 @@ processTest(
     const conns = await Promise.all(
       Array.from({ length: 500 }, server.connect),
     );
-    server.kill("SIGTERM");
     server.kill("SIGCONT");
+    server.kill("SIGTERM");
     const texts = await Promise.all(conns.map(receiveText));
     assertEquals(texts, Array(500).fill(GREETING));
     assertEquals(await server.end(), {
