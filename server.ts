@@ -151,7 +151,7 @@ const SINK = new Uint8Array(262144);
 
 /**
  * Listens on TCP and greets every client until told to stop. Prints nothing.
- * No client can stop it, or keep another one waiting.
+ * Whatever a client does, the others are greeted.
  *
  * @example A server and its client
  * ```ts
@@ -217,6 +217,7 @@ class Connection {
   }
 }
 
+/** The state of a running server, then its functions, step by step. */
 class Server implements GreetingServer {
   readonly addr: Deno.NetAddr;
   readonly finished: Promise<void>;
@@ -228,11 +229,13 @@ class Server implements GreetingServer {
 
   /** Connections accepted and not yet closed. */
   #connections = 0;
-  /** Those that wait for their greeting, and those that linger after it. */
+  /** Those of them that wait for their greeting. */
   readonly #waiting = new Ring();
+  /** Those that have been greeted and linger. */
   readonly #lingering = new Ring();
-  /** One timer for all deadlines, and when it is due; a timer each costs 13 %. */
+  /** One for all deadlines. A timer for each would cost 13 % more CPU. */
   #timer?: ReturnType<typeof setTimeout>;
+  /** When it goes off: `Infinity` where none is set. */
   #timerDue = Infinity;
 
   /** How often accept() has answered, with a connection or an error. */
@@ -268,6 +271,7 @@ class Server implements GreetingServer {
     return this.#connections;
   }
 
+  /** From the first accept() to the end of the last connection. */
   async #run() {
     await this.#accept();
     while (this.#connections > 0) await this.#pause();
@@ -293,19 +297,21 @@ class Server implements GreetingServer {
         // The client reset its connection before it was accepted.
         if (error instanceof Deno.errors.NotConnected) continue;
         if (error instanceof Deno.errors.ConnectionAborted) continue;
-        // No descriptor or memory is left. The listener is as good as before,
-        // and the client waits in its queue.
+        // No descriptor or memory is left, say (a bare loop ends here). The
+        // listener is as good as before, and the client waits in its queue.
         this.#notify(error as Error, this.#settings.onAcceptError);
         await this.#pauseAfterFailure();
       }
     }
   }
 
+  /** Whether accepting has to wait for a connection or a first write to end. */
   #isFull(): boolean {
     return this.#connections >= this.#settings.maxConnections ||
       this.#firstWrites >= MAX_FIRST_WRITES;
   }
 
+  /** Waits for a change. */
   async #pause() {
     this.#paused = true;
     await new Promise<void>((resolve) => this.#wake = resolve);
@@ -347,6 +353,7 @@ class Server implements GreetingServer {
     this.#wake();
   }
 
+  /** From now on it waits for its greeting. */
   #admit(conn: Deno.TcpConn): Connection {
     const connection = new Connection(conn);
     this.#waiting.add(connection);
@@ -438,6 +445,7 @@ class Server implements GreetingServer {
     const last = this.#answers + backlog;
     let before: number | undefined;
     do {
+      // Who does not accept learns nothing from a turn.
       before = this.#paused ? undefined : this.#answers;
       await nextTimers(); // may come before the I/O of the same turn
       await nextTimers();
@@ -448,6 +456,7 @@ class Server implements GreetingServer {
     this.#listener[Symbol.dispose](); // close(), but no error if aborted
   }
 
+  /** Shuts down at once. */
   readonly #abort = () => {
     this.#stopping = true;
     const reason = this.#settings.signal?.reason;
