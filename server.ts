@@ -118,8 +118,9 @@ export interface GreetingServer extends AsyncDisposable {
    */
   readonly finished: Promise<void>;
   /**
-   * Greets the clients that the kernel has already connected, stops listening,
-   * lets open connections end and returns `finished`.
+   * Greets the clients that the kernel has already connected (or, where more
+   * keep coming, accepts for the timeout), stops listening, lets open
+   * connections end and returns `finished`.
    */
   shutdown(): Promise<void>;
 }
