@@ -43,7 +43,7 @@ const LARGER_THAN_BUFFERS = new Uint8Array(
 
 // =============================== Client helpers ===============================
 
-/** A server on a free port of 127.0.0.1 that notes how its connections ended. */
+/** A server on a free port of 127.0.0.1 that notes how its clients fared. */
 function start(options: ServeOptions = {}) {
   const outcomes: Outcome[] = [];
   const server = serve({
@@ -757,17 +757,17 @@ Deno.test("serve() throws what onListen throws, and listens no more", () => {
 });
 
 Deno.test("serve() goes on when callbacks throw, and rejects in the end with the first error", async () => {
-  let outcomes = 0;
+  let calls = 0;
   const server = serve({
     port: 0,
     onOutcome() {
-      throw new Error(`end ${++outcomes}`);
+      throw new Error(`call ${++calls}`);
     },
   });
   for (let i = 0; i < 3; i++) await assertGreets(server);
-  await assertRejects(() => server.shutdown(), Error, "end 1");
-  await assertRejects(() => server.finished, Error, "end 1");
-  assertEquals(outcomes, 3);
+  await assertRejects(() => server.shutdown(), Error, "call 1");
+  await assertRejects(() => server.finished, Error, "call 1");
+  assertEquals(calls, 3);
 });
 
 Deno.test("serve() goes on when a callback rejects", async () => {
@@ -941,6 +941,25 @@ Deno.test("an aborted signal closes a connection that was just accepted", async 
   assertEquals(await receiveText(await connect(server)), "");
   await server.finished;
   assertEquals(outcomes[0]!.error?.name, "AbortError");
+});
+
+Deno.test("an aborted signal ends the wait for a greeting function", async () => {
+  const controller = new AbortController();
+  const asked = Promise.withResolvers<void>();
+  const { server, outcomes } = start({
+    signal: controller.signal,
+    timeout: 600_000,
+    greeting: () => {
+      asked.resolve();
+      return new Promise(() => {});
+    },
+  });
+  using _conn = await connect(server);
+  await asked.promise;
+  const reason = new Error("enough");
+  controller.abort(reason);
+  await server.finished;
+  assertEquals(outcomes.map(({ error }) => error), [reason]);
 });
 
 Deno.test("an aborted signal does not harm a server that has stopped", async () => {
