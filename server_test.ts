@@ -806,10 +806,12 @@ Deno.test("shutdown() greets the clients that the kernel has connected", async (
   const waiting = await Promise.all(
     Array.from({ length: 100 }, () => connect(server)),
   );
-  const texts = waiting.map(receiveText);
   const { shutdown } = server; // as it is handed to a signal, say
-  await shutdown();
-  assertEquals(await Promise.all(texts), Array(100).fill(GREETING));
+  const [texts] = await Promise.all([
+    Promise.all(waiting.map(receiveText)),
+    shutdown(),
+  ]);
+  assertEquals(texts, Array(100).fill(GREETING));
   assertEquals(outcomes.length, 101);
   await assertRejects(() => connect(server), Deno.errors.ConnectionRefused);
 });
