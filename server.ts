@@ -290,7 +290,9 @@ class Server implements GreetingServer {
           this.#answers++;
           this.#acceptPause = 0;
           this.#greet(conn); // not awaited: clients are served side by side
-          while (this.#isFull()) await this.#pause();
+          while (this.#isFull() || this.#firstWrites >= MAX_FIRST_WRITES) {
+            await this.#pause();
+          }
         }
         return;
       } catch (error) {
@@ -306,10 +308,9 @@ class Server implements GreetingServer {
     }
   }
 
-  /** Whether accepting has to wait for a connection or a first write to end. */
+  /** Whether every place for a connection is taken. */
   #isFull(): boolean {
-    return this.#connections >= this.#settings.maxConnections ||
-      this.#firstWrites >= MAX_FIRST_WRITES;
+    return this.#connections >= this.#settings.maxConnections;
   }
 
   /** Waits for a change. */
@@ -360,8 +361,7 @@ class Server implements GreetingServer {
     this.#waiting.add(connection);
     this.#connections++;
     // The first one needs the timer; the last there is room for begins a hurry.
-    const isLast = this.#connections >= this.#settings.maxConnections;
-    if (isLast || this.#timerDue === Infinity) this.#cutOverdue();
+    if (this.#isFull() || this.#timerDue === Infinity) this.#cutOverdue();
     return connection;
   }
 
@@ -403,9 +403,8 @@ class Server implements GreetingServer {
 
   /** Cuts who has had the time of its state, and sets the timer for the next. */
   #cutOverdue() {
-    const { timeout, maxConnections } = this.#settings;
-    const inAHurry = this.#stopping || this.#acceptPause > 0 ||
-      this.#connections >= maxConnections;
+    const { timeout } = this.#settings;
+    const inAHurry = this.#stopping || this.#acceptPause > 0 || this.#isFull();
     const linger = inAHurry ? Math.min(timeout, HURRIED_LINGER) : timeout;
     const now = performance.now();
     this.#waiting.cut(now - timeout, this.#late);
@@ -644,10 +643,8 @@ export function parseFlags(args: string[]): Flags {
   });
   unknown.push(...flags._ as string[]); // what follows --
 
-  const seconds = number(flags, "timeout", [
-    0.001,
-    Math.floor(MAX_INT32 / 1000),
-  ], false);
+  const range = [0.001, Math.floor(MAX_INT32 / 1000)] as const;
+  const seconds = number(flags, "timeout", range, false);
   const greeting = text(flags, "greeting");
   const isLine = !greeting || greeting === "-" || greeting.endsWith("\n");
   const parsed = {
