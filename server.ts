@@ -143,6 +143,7 @@ class Server implements GreetingServer {
     await this.#accept();
     while (this.#open.length > 0) await this.#connectionEnds();
     await this.#stopping;
+    await sleep(0); // for those that were cut off to hear of it
     clearInterval(this.#ticker);
     this.#settings.signal?.removeEventListener("abort", this.#abort);
   }
@@ -583,7 +584,7 @@ export async function parseFlags(args: string[]): Promise<
     if (value) string.push(flag!);
   }
   const unknown = args.filter((arg) => /^-[^-=][^=]+=/.test(arg)); // -gno=yes
-  const values: Values = parseArgs(args, {
+  const { _: words, ...values } = parseArgs(args, {
     alias,
     string,
     unknown: (arg: string) => {
@@ -591,7 +592,7 @@ export async function parseFlags(args: string[]): Promise<
       return false;
     },
   });
-  unknown.push(...values._ as string[]); // what follows --
+  unknown.push(...words as string[]); // what follows --
 
   const greeting = text(values, "greeting", DEFAULTS.greeting);
   const isWhole = greeting === "-" || greeting.endsWith("\n");

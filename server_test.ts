@@ -13,35 +13,37 @@ import {
   assertGreaterOrEqual,
   assertInstanceOf,
   assertLess,
-  assertLessOrEqual,
   assertMatch,
   assertRejects,
   assertStringIncludes,
   assertThrows,
 } from "@std/assert";
-import { concat, equals } from "@std/bytes";
+import { concat, equals, startsWith } from "@std/bytes";
+import { Buffer } from "node:buffer";
 import { Socket } from "node:net";
 import config from "./deno.json" with { type: "json" };
 import readme from "./README.md" with { type: "text" };
-import source from "./server.ts" with { type: "text" };
 import {
-  canCutOff,
-  DEFAULTS,
+  type Greeting,
   type GreetingServer,
   type Outcome,
   parseFlags,
   serve,
   type ServeOptions,
-  UsageError,
 } from "./server.ts";
 
 const GREETING = "Hello from server\n";
 /** 20 MiB, more than both buffers of a connection take; no part like another. */
-const LARGER_THAN_BUFFERS = new Uint8Array(
+const LARGE = new Uint8Array(
   new Uint32Array(5 << 20).map((_, i) => i).buffer,
 );
 
-// =============================== Client helpers ===============================
+// ================================== Helpers ==================================
+
+/** A test that may not hang: what has not come in a minute never comes. */
+function test(name: string, fn: () => Promise<void>, ignore = false): void {
+  Deno.test({ name, fn, ignore, timeout: 60_000 });
+}
 
 /** A server on a free port of 127.0.0.1 that notes how its clients fared. */
 function start(options: ServeOptions = {}) {
@@ -57,6 +59,18 @@ function start(options: ServeOptions = {}) {
 
 function connect(server: GreetingServer): Promise<Deno.TcpConn> {
   return Deno.connect({ hostname: "127.0.0.1", port: server.addr.port });
+}
+
+/** Connects, reads the greeting, and keeps the connection open. */
+async function connectAndStay(server: GreetingServer): Promise<Deno.TcpConn> {
+  const conn = await connect(server);
+  assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
+  return conn;
+}
+
+/** Calls a function so many times at once. */
+function times<T>(count: number, fn: (i: number) => Promise<T>): Promise<T[]> {
+  return Promise.all(Array.from({ length: count }, (_, i) => fn(i)));
 }
 
 /** Reads to the end, and closes. Rejects if the connection is reset. */
@@ -76,27 +90,39 @@ async function assertGreets(server: GreetingServer): Promise<void> {
   assertEquals(await receiveText(await connect(server)), GREETING);
 }
 
-/** A client is refused, or reset if it came just before the end. */
-async function assertNotServed(server: GreetingServer): Promise<void> {
-  await assertRejects(async () => await receive(await connect(server)));
+async function assertRefuses(server: GreetingServer): Promise<void> {
+  await assertRejects(() => connect(server), Deno.errors.ConnectionRefused);
 }
 
 async function send(conn: Deno.Conn, size: number): Promise<void> {
-  const data = new Uint8Array(size).fill(0x78);
+  const data = new Uint8Array(size);
   for (let sent = 0; sent < size;) {
     sent += await conn.write(data.subarray(sent));
   }
 }
 
-/** Connects and resets the connection. */
-async function connectAndReset(port: number): Promise<void> {
+/** Connects and resets the connection, after `bytes` bytes have come. */
+async function connectAndReset(port: number, bytes = 0): Promise<void> {
   const socket = new Socket();
   await new Promise<void>((resolve, reject) => {
-    socket.once("connect", () => socket.resetAndDestroy());
+    const reset = () => {
+      if (socket.bytesRead >= bytes) socket.resetAndDestroy();
+    };
+    socket.once("connect", reset);
+    socket.on("data", reset);
     socket.once("close", () => resolve());
     socket.once("error", reject);
     socket.connect(port, "127.0.0.1");
   });
+}
+
+function sleep(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms));
+}
+
+/** Waits for what happens at some time. */
+async function until(condition: () => unknown): Promise<void> {
+  while (!condition()) await sleep(1);
 }
 
 /** Puts a function in the place of accept(), of all listeners. */
@@ -115,53 +141,55 @@ function replaceAccept(
   return { [Symbol.dispose]: () => prototype.accept = accept };
 }
 
-function sleep(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms));
+/**
+ * Keeps every write of every server waiting, as a kernel without memory would,
+ * until the test lets it go on.
+ */
+function holdWrites() {
+  const held: (() => void)[] = [];
+  const { [Symbol.dispose]: dispose } = replaceAccept(async (accept) => {
+    const conn = await accept();
+    const { write } = conn;
+    return Object.assign(conn, {
+      async write(data: Uint8Array) {
+        await new Promise<void>((go) => held.push(go));
+        return await write.call(conn, data);
+      },
+    });
+  });
+  return {
+    /** Lets go those that wait, once there are `count` of them. */
+    async release(count: number) {
+      await until(() => held.length >= count);
+      assertEquals(held.length, count);
+      held.splice(0).forEach((go) => go());
+    },
+    held,
+    [Symbol.dispose]: dispose,
+  };
 }
 
-/** Gives timers another delay than they are set to. */
-function replaceDelays(delay: (ms?: number) => number | undefined): Disposable {
-  const { setTimeout } = globalThis;
-  globalThis.setTimeout =
-    ((callback: () => void, ms?: number) =>
-      setTimeout(callback, delay(ms))) as unknown as typeof setTimeout;
-  return { [Symbol.dispose]: () => globalThis.setTimeout = setTimeout };
-}
+/** What Deno throws when the process is out of file descriptors. */
+const outOfDescriptors = () => new Error("Too many open files (os error 24)");
 
-/** Connects, reads the greeting, and keeps the connection open. */
-async function connectAndStay(server: GreetingServer): Promise<Deno.TcpConn> {
-  const conn = await connect(server);
-  assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
-  return conn;
-}
+// =========================== serve(): the greeting ===========================
 
-/** Waits until the port refuses connections. */
-async function refused(server: GreetingServer): Promise<void> {
-  while (true) {
-    try {
-      (await connect(server)).close();
-      await sleep(10); // whoever comes in every turn holds up the end
-    } catch (error) {
-      if (error instanceof Deno.errors.ConnectionRefused) return;
-      assertInstanceOf(error, Deno.errors.ConnectionReset); // in the queue
-    }
-  }
-}
-
-// ============================ serve(): the greeting ============================
-
-Deno.test("serve() greets a client and closes the connection", async () => {
+test("serve() greets a client, closes the connection and reports it", async () => {
   const { server, outcomes } = start();
-  await assertGreets(server);
+  const conn = await connect(server);
+  assertEquals(await receiveText(conn), GREETING);
   await server.shutdown();
-  assertEquals(outcomes.length, 1);
-  assertEquals(outcomes[0]!.bytes, GREETING.length);
-  assertEquals(outcomes[0]!.error, undefined);
-  assertEquals(outcomes[0]!.remoteAddr.hostname, "127.0.0.1");
-  assertGreaterOrEqual(outcomes[0]!.milliseconds, 0);
+  const [{ remoteAddr, bytes, milliseconds, error }] = outcomes as [Outcome];
+  assertEquals(remoteAddr, conn.localAddr);
+  assertEquals([outcomes.length, bytes, error], [
+    1,
+    GREETING.length,
+    undefined,
+  ]);
+  assertGreaterOrEqual(milliseconds, 0);
 });
 
-Deno.test("serve() sends bytes as they are, text as UTF-8, and nothing else", async () => {
+test("serve() sends bytes as they are, text as UTF-8, and nothing else", async () => {
   const bytes = Uint8Array.from({ length: 256 }, (_, i) => i);
   const greetings = [bytes, "grüß dich ☎", "\r\n\r\n", "", new Uint8Array()];
   for (const greeting of greetings) {
@@ -173,49 +201,69 @@ Deno.test("serve() sends bytes as they are, text as UTF-8, and nothing else", as
   }
 });
 
-Deno.test("serve() greets many clients at once", async () => {
+test("serve() greets many clients at once", async () => {
   const { server, outcomes } = start();
-  const conns = await Promise.all(
-    Array.from({ length: 500 }, () => connect(server)),
-  );
+  const conns = await times(500, () => connect(server));
   const texts = await Promise.all(conns.map(receiveText));
   assertEquals(texts, Array(500).fill(GREETING));
   await server.shutdown();
   assertEquals(outcomes.filter(({ error }) => !error).length, 500);
 });
 
-Deno.test("serve() sends a greeting larger than the socket buffers whole", async () => {
-  const { server, outcomes } = start({ greeting: LARGER_THAN_BUFFERS });
-  const received = await receive(await connect(server));
-  assert(equals(received, LARGER_THAN_BUFFERS));
-  await server.shutdown();
-  assertEquals(outcomes[0]!.bytes, LARGER_THAN_BUFFERS.length);
-});
-
-Deno.test("serve() sends a large greeting whole to fast and slow readers, past 200 that read nothing", async () => {
-  const { server } = start({ greeting: LARGER_THAN_BUFFERS, timeout: 60_000 });
-  const stuck = await Promise.all(
-    Array.from({ length: 200 }, () => connect(server)),
-  );
-  const slow = (async () => {
-    const conn = await connect(server);
+test("serve() sends a large greeting whole to fast and slow readers, past 200 that read nothing", async () => {
+  const { server, outcomes } = start({ greeting: LARGE, timeout: 60_000 });
+  const stuck = await times(200, () => connect(server));
+  async function receiveSlowly(conn: Deno.Conn) {
     const chunks: Uint8Array[] = [];
     for await (const chunk of conn.readable) {
       chunks.push(chunk);
       if (chunks.length % 8 === 0) await sleep(1);
     }
     return concat(chunks);
-  })();
-  // While all of them are still being written to:
+  }
+  const slow = receiveSlowly(await connect(server));
   const fast = await receive(await connect(server));
   assertGreaterOrEqual(server.connections, 200);
-  assert(equals(fast, LARGER_THAN_BUFFERS));
-  assert(equals(await slow, LARGER_THAN_BUFFERS));
+  assert(equals(fast, LARGE));
+  assert(equals(await slow, LARGE));
   stuck.forEach((conn) => conn.close());
   await server.shutdown();
+  const whole = outcomes.filter(({ error }) => !error);
+  assertEquals(whole.map(({ bytes }) => bytes), [LARGE.length, LARGE.length]);
 });
 
-Deno.test("serve() calls a function for the greeting, with the client's address", async () => {
+test("serve() copies a greeting of bytes", async () => {
+  const original = new TextEncoder().encode(GREETING);
+  const buffer = Buffer.from(GREETING); // whose slice() copies nothing
+  const servers = [original, buffer].map((greeting) =>
+    start({ greeting }).server
+  );
+  original.fill(0);
+  structuredClone(original, { transfer: [original.buffer] }); // detaches it
+  buffer.fill(0);
+  for (const server of servers) {
+    await assertGreets(server);
+    await server.shutdown();
+  }
+});
+
+test("serve() copies what a greeting function returns", async () => {
+  using writes = holdWrites();
+  const buffer = new Uint8Array(1);
+  await using server = start({
+    greeting() {
+      buffer[0]!++;
+      return buffer;
+    },
+  }).server;
+  const conns = await times(5, () => connect(server));
+  await writes.release(1);
+  await writes.release(4);
+  const received = await Promise.all(conns.map(receive));
+  assertEquals(received.map(([byte]) => byte).sort(), [1, 2, 3, 4, 5]);
+});
+
+test("serve() calls a function for the greeting, with the client's address", async () => {
   await using server = start({
     greeting: ({ hostname, port }) => `${hostname} ${port}`,
   }).server;
@@ -224,41 +272,46 @@ Deno.test("serve() calls a function for the greeting, with the client's address"
   assertEquals(await receiveText(conn), `${hostname} ${port}`);
 });
 
-Deno.test("serve() fails only the connection whose greeting function throws", async () => {
-  let calls = 0;
-  const bad = [new Error("no quote today"), "a string", undefined];
-  const { server, outcomes } = start({
-    greeting() {
-      if (calls < bad.length) throw bad[calls++];
-      return calls++ === bad.length ? 5 as unknown as string : GREETING;
+test("serve() fails only the connection whose greeting function fails", async () => {
+  const reason = new Error("no quote today");
+  const bad: (() => Greeting | Promise<Greeting>)[] = [
+    () => {
+      throw reason;
     },
+    () => {
+      throw "a string";
+    },
+    () => {
+      throw undefined;
+    },
+    () => 5 as unknown as string,
+    () => Promise.reject(reason),
+  ];
+  const greetings = [...bad];
+  const { server, outcomes } = start({
+    greeting: () => greetings.shift()?.() ?? GREETING,
   });
-  for (let i = 0; i < 4; i++) {
+  for (const _ of bad) {
     assertEquals(await receiveText(await connect(server)), "");
   }
   await assertGreets(server);
   await server.shutdown();
-  assertEquals(outcomes.map(({ bytes }) => bytes), [
-    0,
-    0,
-    0,
-    0,
-    GREETING.length,
-  ]);
-  assertEquals(outcomes[0]!.error, bad[0]);
-  assertEquals(outcomes[1]!.error?.cause, "a string");
-  assertInstanceOf(outcomes[2]!.error, Error);
-  assertMatch(
-    outcomes[3]!.error!.message,
-    /greeting must be a string or a Uint8/,
+  assertEquals(
+    outcomes.map(({ bytes }) => bytes),
+    [0, 0, 0, 0, 0, GREETING.length],
   );
+  const errors = outcomes.map(({ error }) => error);
+  assertEquals([errors[0], errors[4], errors[5]], [reason, reason, undefined]);
+  assertEquals(errors[1]?.cause, "a string");
+  assertInstanceOf(errors[2], Error);
+  assertMatch(errors[3]!.message, /greeting must be a string or a Uint8Array/);
 });
 
-Deno.test("serve() waits for the promise of a greeting function, and keeps nobody else waiting", async () => {
+test("serve() waits for the promise of a greeting function, and keeps nobody else waiting", async () => {
   const slow = Promise.withResolvers<Uint8Array>();
   let calls = 0;
   await using server = start({
-    greeting: async () => calls++ === 0 ? await slow.promise : GREETING,
+    greeting: () => calls++ === 0 ? slow.promise : GREETING,
   }).server;
   const first = await connect(server);
   for (let i = 0; i < 100; i++) await assertGreets(server);
@@ -266,79 +319,58 @@ Deno.test("serve() waits for the promise of a greeting function, and keeps nobod
   assertEquals(await receiveText(first), "at last");
 });
 
-Deno.test("serve() fails only the connection whose greeting function rejects", async () => {
-  const reason = new Error("the database is down");
-  let calls = 0;
-  const { server, outcomes } = start({
-    greeting: () =>
-      calls++ === 0 ? Promise.reject(reason) : Promise.resolve(GREETING),
-  });
-  assertEquals(await receiveText(await connect(server)), "");
-  await assertGreets(server);
-  await server.shutdown();
-  assertEquals(outcomes.map(({ error }) => error), [reason, undefined]);
-});
-
-Deno.test("serve() cuts off at the timeout a client whose greeting function never answers", async () => {
+test("serve() cuts off at the timeout a client whose greeting function never answers", async () => {
   const late = Promise.withResolvers<string>();
-  let calls = 0;
   const { server, outcomes } = start({
     timeout: 100,
-    greeting: () => calls++ === 0 ? late.promise : GREETING,
+    greeting: () => late.promise,
   });
-  const first = await connect(server);
-  await assertGreets(server);
-  assertEquals(await receiveText(first), "");
+  assertEquals(await receiveText(await connect(server)), "");
   late.reject(new Error("nobody waits for this any more"));
   await server.shutdown();
-  assertEquals(outcomes[0]!.error, undefined);
-  assertInstanceOf(outcomes[1]!.error, Deno.errors.TimedOut);
-  assertGreaterOrEqual(outcomes[1]!.milliseconds, 99);
+  assertEquals(outcomes.length, 1);
+  assertInstanceOf(outcomes[0]!.error, Deno.errors.TimedOut);
+  assertGreaterOrEqual(outcomes[0]!.milliseconds, 100);
 });
 
 // ============================ serve(): the clients ============================
 
 for (const size of [1, 1000, 100_000, 4_000_000]) {
-  Deno.test(`serve() greets a client that sends ${size} bytes before it reads`, async () => {
+  test(`serve() greets a client that sends ${size} bytes before it reads`, async () => {
     const { server, outcomes } = start();
-    const conns = await Promise.all(
-      Array.from({ length: 20 }, async () => {
-        const conn = await connect(server);
-        await send(conn, size);
-        return conn;
-      }),
-    );
-    const texts = await Promise.all(conns.map(receiveText));
+    const texts = await times(20, async () => {
+      const conn = await connect(server);
+      await send(conn, size);
+      return await receiveText(conn);
+    });
     assertEquals(texts, Array(20).fill(GREETING));
     await server.shutdown();
     assertEquals(outcomes.filter(({ error }) => error), []);
   });
 }
 
-Deno.test("serve() sends a large greeting to a client that sends as much before it reads", async () => {
-  await using server = start({ greeting: LARGER_THAN_BUFFERS }).server;
+test("serve() sends a large greeting to a client that sends as much before it reads", async () => {
+  await using server = start({ greeting: LARGE }).server;
   const conn = await connect(server);
-  await send(conn, LARGER_THAN_BUFFERS.length);
-  assert(equals(await receive(conn), LARGER_THAN_BUFFERS));
+  await send(conn, LARGE.length);
+  assert(equals(await receive(conn), LARGE));
 });
 
-Deno.test("serve() greets a client that has closed its half before", async () => {
-  await using server = start({ greeting: LARGER_THAN_BUFFERS }).server;
+test("serve() sends a large greeting to a client that has closed its half before", async () => {
+  await using server = start({ greeting: LARGE }).server;
   const conn = await connect(server);
   await conn.closeWrite();
-  assert(equals(await receive(conn), LARGER_THAN_BUFFERS));
+  assert(equals(await receive(conn), LARGE));
 });
 
-Deno.test("serve() greets a client that reads a byte at a time", async () => {
+test("serve() shows a client the end while the client's own half is open", async () => {
   await using server = start().server;
-  using conn = await connect(server);
-  const byte = new Uint8Array(1);
-  let text = "";
-  while (await conn.read(byte) !== null) text += String.fromCharCode(...byte);
-  assertEquals(text, GREETING);
+  using conn = await connectAndStay(server);
+  assertEquals(await conn.read(new Uint8Array(1)), null);
+  await conn.write(new Uint8Array(1)); // to a server that still reads
 });
 
-Deno.test("serve() goes on when clients reset, or vanish without a word", async () => {
+test("serve() goes on when clients reset, or vanish without a word", async () => {
   await using server = start().server;
   for (let i = 0; i < 20; i++) {
     await connectAndReset(server.addr.port);
@@ -347,126 +379,133 @@ Deno.test("serve() goes on when clients reset, or vanish without a word", async 
   await assertGreets(server);
 });
 
-Deno.test("serve() takes no notice of clients that reset before they are accepted", async () => {
+test("serve() takes no notice of clients that reset before they are accepted", async () => {
   const acceptErrors: Error[] = [];
   const { server, outcomes } = start({
     maxConnections: 1,
     onAcceptError: (error) => void acceptErrors.push(error),
   });
   // The first client holds the only place, the others wait in the queue.
-  const first = await connect(server);
-  await first.read(new Uint8Array(100));
+  const first = await connectAndStay(server);
   for (let i = 0; i < 5; i++) await connectAndReset(server.addr.port);
   const last = await connect(server);
   first.close();
   assertEquals(await receiveText(last), GREETING);
   await server.shutdown();
-  assertEquals(outcomes.length, 2);
-  assertEquals(acceptErrors, []);
+  assertEquals([outcomes.length, acceptErrors.length], [2, 0]);
 });
 
-Deno.test("serve() reports a client that resets while it is written to", async () => {
-  const { server, outcomes } = start({ greeting: LARGER_THAN_BUFFERS });
-  const conn = await connect(server);
-  await conn.read(new Uint8Array(100));
-  conn.close(); // with data unread, and so a reset
+test("serve() reports a client that resets while it is written to", async () => {
+  const { server, outcomes } = start({ greeting: LARGE });
+  await connectAndReset(server.addr.port, 100);
   await server.shutdown();
   assertEquals(outcomes.length, 1);
-  assertLess(outcomes[0]!.bytes, LARGER_THAN_BUFFERS.length);
+  assertLess(outcomes[0]!.bytes, LARGE.length);
   assertMatch(outcomes[0]!.error!.message, /reset|broken pipe/i);
 });
 
-Deno.test("serve() counts a client as greeted that resets right after the greeting", async () => {
-  using _ = replaceAccept(async (accept) =>
-    Object.assign(await accept(), {
-      closeWrite: () => Promise.reject(new Deno.errors.NotConnected()),
-    })
-  );
+test("serve() counts a client as greeted that resets right after its greeting", async () => {
   const { server, outcomes } = start();
-  await assertGreets(server);
+  await times(20, () => connectAndReset(server.addr.port, GREETING.length));
   await server.shutdown();
-  assertEquals(outcomes[0]!.bytes, GREETING.length);
-  assertEquals(outcomes[0]!.error, undefined);
+  assertEquals(
+    outcomes.map(({ bytes, error }) => [bytes, error]),
+    Array(20).fill([GREETING.length, undefined]),
+  );
 });
 
-Deno.test("serve() cuts off at the timeout a client that reads nothing", async () => {
-  const { server, outcomes } = start({
-    greeting: LARGER_THAN_BUFFERS,
-    timeout: 100,
-  });
-  using _conn = await connect(server);
-  await server.shutdown();
-  assertLess(outcomes[0]!.bytes, LARGER_THAN_BUFFERS.length);
-  assertInstanceOf(outcomes[0]!.error, Deno.errors.TimedOut);
-  assertGreaterOrEqual(outcomes[0]!.milliseconds, 99);
-});
-
-Deno.test("serve() reports a client when it is greeted, not when it closes", async () => {
+test("serve() reports a client when it is greeted, not when it closes", async () => {
   const greeted = Promise.withResolvers<Outcome>();
-  const { server } = start({ onOutcome: greeted.resolve, timeout: 20_000 });
-  const began = performance.now();
+  await using server = start({ onOutcome: greeted.resolve }).server;
   using conn = await connect(server);
-  const { remoteAddr, bytes, error } = await greeted.promise;
-  assertLess(performance.now() - began, 10_000); // it was not closed by the server
+  assertEquals((await greeted.promise).remoteAddr, conn.localAddr);
   assertEquals(server.connections, 1);
-  assertEquals(remoteAddr, conn.localAddr as Deno.NetAddr);
-  assertEquals([bytes, error], [GREETING.length, undefined]);
-  conn.close();
-  await server.shutdown();
 });
 
-Deno.test("serve() gives a client the timeout for its greeting, and then once more to close", async () => {
-  const { server, outcomes } = start({
-    timeout: 200,
-    greeting: async () => {
-      await sleep(150);
-      return GREETING;
-    },
-  });
-  using conn = await connectAndStay(server);
-  const greeted = performance.now();
-  assertEquals(await conn.read(new Uint8Array(100)), null);
-  await server.shutdown(); // when it was closed
-  assertGreaterOrEqual(performance.now() - greeted, 190);
-  assertEquals(outcomes.map(({ error }) => error), [undefined]);
-});
+// =========================== serve(): the deadlines ===========================
 
-Deno.test("serve() keeps each deadline, also of clients that come later", async () => {
-  const { server, outcomes } = start({
-    timeout: 200,
-    greeting: LARGER_THAN_BUFFERS,
-  });
+test("serve() cuts off clients that read nothing, each at its timeout", async () => {
+  const { server, outcomes } = start({ greeting: LARGE, timeout: 200 });
   const conns: Deno.Conn[] = [];
   for (let i = 0; i < 5; i++) {
     conns.push(await connect(server));
-    await sleep(30);
+    await sleep(30); // not to be in one tick
   }
   await server.shutdown();
   conns.forEach((conn) => conn.close());
   assertEquals(outcomes.length, 5);
-  for (const { error, milliseconds } of outcomes) {
+  for (const { error, bytes, milliseconds } of outcomes) {
     assertInstanceOf(error, Deno.errors.TimedOut);
-    assertGreaterOrEqual(milliseconds, 199);
+    assertLess(bytes, LARGE.length);
+    assertGreaterOrEqual(milliseconds, 200);
   }
 });
 
-Deno.test("serve() closes at the timeout a client that sends for ever, and greets others meanwhile", async () => {
-  const { server, outcomes } = start({ timeout: 500 });
-  const flood = (async () => {
-    using conn = await connect(server);
-    const connected = performance.now();
-    await assertRejects(async () => {
-      while (true) await conn.write(LARGER_THAN_BUFFERS);
+test("serve() never calls greeted a client that it has cut off", async () => {
+  using writes = holdWrites();
+  const { server, outcomes } = start({ timeout: 50 });
+  using _conn = await connect(server);
+  await until(() => outcomes.length > 0);
+  await writes.release(1); // as if the kernel had taken all in the same moment
+  await server.shutdown();
+  await sleep(0);
+  assertEquals(outcomes.length, 1);
+  assertInstanceOf(outcomes[0]!.error, Deno.errors.TimedOut);
+});
+
+for (
+  const [timeout, atLeast] of [[200, 200], [20_000, 1000]] as const
+) {
+  test(`serve() lets a greeted client linger for ${atLeast} ms with a timeout of ${timeout}`, async () => {
+    const { server, outcomes } = start({
+      timeout,
+      greeting: () => sleep(150).then(() => GREETING), // part of the timeout
     });
-    return performance.now() - connected;
-  })();
+    using conn = await connectAndStay(server);
+    const greeted = performance.now();
+    await until(() => server.connections === 0);
+    const lingered = performance.now() - greeted;
+    assertGreaterOrEqual(lingered, atLeast - 10); // it read that a little late
+    assertLess(lingered, 10_000); // the longer timeout has not come
+    assertEquals(await conn.read(new Uint8Array(1)), null);
+    await server.shutdown();
+    assertEquals(outcomes.map(({ error }) => error), [undefined]);
+  });
+}
+
+test("serve() closes a client that sends for ever, and greets others meanwhile", async () => {
+  const { server, outcomes } = start({ timeout: 500 });
+  const conn = await connect(server);
+  const flood = assertRejects(async () => {
+    while (true) await conn.write(LARGE);
+  });
   for (let i = 0; i < 50; i++) await assertGreets(server);
-  assertGreaterOrEqual(await flood, 490);
+  await flood;
+  conn.close();
   await server.shutdown();
   assertEquals(outcomes.filter(({ error }) => !error).length, 51);
 });
 
-Deno.test("serve() holds no more than maxConnections, and greets all in turn", async () => {
+test("serve() reads what it throws away without holding up the event loop", async () => {
+  using _ = replaceAccept(async (accept) => {
+    const conn = await accept();
+    const { close } = conn;
+    let closed = false;
+    return Object.assign(conn, {
+      read: () => closed ? Promise.reject() : Promise.resolve(1), // at once
+      close() {
+        closed = true;
+        close.call(conn);
+      },
+    });
+  });
+  const { server } = start({ timeout: 100 });
+  await assertGreets(server);
+  await assertGreets(server);
+  await server.shutdown();
+});
+
+test("serve() holds no more than maxConnections, and greets all in turn", async () => {
   let most = 0;
   const { server, outcomes } = start({
     maxConnections: 10,
@@ -476,39 +515,28 @@ Deno.test("serve() holds no more than maxConnections, and greets all in turn", a
       return GREETING;
     },
   });
-  const conns = await Promise.all(
-    Array.from({ length: 100 }, () => connect(server)),
-  );
-  for (const conn of conns) { // they read, but never close
-    const buffer = new Uint8Array(100);
-    assertEquals(await conn.read(buffer), GREETING.length);
-  }
+  // They read, but never close.
+  const conns = await times(100, () => connectAndStay(server));
   await server.shutdown();
   conns.forEach((conn) => conn.close());
-  assertEquals(outcomes.length, 100);
-  assertEquals(most, 10);
+  assertEquals([outcomes.length, most], [100, 10]);
 });
 
-Deno.test("serve() lets greeted clients linger for a second at most while there is no room", async () => {
-  const { server } = start({ maxConnections: 10, timeout: 20_000 });
+test("serve() lets nobody wait for greeted clients for longer than a second or so", async () => {
+  await using server = start({ maxConnections: 10, timeout: 20_000 }).server;
   const began = performance.now();
-  const holders = await Promise.all(
-    Array.from({ length: 10 }, () => connectAndStay(server)),
-  );
+  const holders = await times(10, () => connectAndStay(server));
   await assertGreets(server);
-  const waited = performance.now() - began;
-  assertGreaterOrEqual(waited, 990);
-  assertLess(waited, 10_000); // the timeout has not come
+  assertLess(performance.now() - began, 10_000); // the timeout has not come
   holders.forEach((conn) => conn.close());
-  await server.shutdown();
 });
 
-Deno.test("serve() hurries nobody that still waits for its greeting", async () => {
+test("serve() gives who still waits for its greeting all of the timeout", async () => {
   let clients = 0;
   const { server, outcomes } = start({
     maxConnections: 2,
     timeout: 1500,
-    greeting: () => clients++ === 0 ? LARGER_THAN_BUFFERS : GREETING,
+    greeting: () => clients++ === 0 ? LARGE : GREETING,
   });
   using _stuck = await connect(server);
   using _holder = await connectAndStay(server);
@@ -517,85 +545,25 @@ Deno.test("serve() hurries nobody that still waits for its greeting", async () =
   const [holder, next, stuck] = outcomes;
   assertEquals([holder?.error, next?.error], [undefined, undefined]);
   assertInstanceOf(stuck?.error, Deno.errors.TimedOut);
-  assertGreaterOrEqual(stuck!.milliseconds, 1499);
+  assertGreaterOrEqual(stuck!.milliseconds, 1500);
 });
 
-Deno.test("serve() lets greeted clients linger for a second at most while accept() fails", async () => {
-  const outOfDescriptors = new Error("Too many open files (os error 24)");
-  const errors: Error[] = [];
-  const { server } = start({
-    timeout: 20_000,
-    onAcceptError: (e) => void errors.push(e),
-  });
+// ========================= serve(): accept() and groups =========================
+
+test("serve() goes on after accept() has failed, and reports it", async () => {
+  const failures = [outOfDescriptors(), outOfDescriptors(), outOfDescriptors()];
+  const left = [...failures];
   using _ = replaceAccept((accept) =>
-    server.connections < 2 ? accept() : Promise.reject(outOfDescriptors)
-  );
-  const began = performance.now();
-  const holders = [await connectAndStay(server), await connectAndStay(server)];
-  await assertGreets(server);
-  const waited = performance.now() - began;
-  assertGreaterOrEqual(waited, 990);
-  assertLess(waited, 10_000);
-  assertGreater(errors.length, 0);
-  holders.forEach((conn) => conn.close());
-  await server.shutdown();
-});
-
-Deno.test("serve() pauses after a failed accept() from 5 ms on, doubled up to a second, until one succeeds", async () => {
-  const pauses: (number | undefined)[] = [];
-  let calls = 0;
-  using _accept = replaceAccept((accept) =>
-    ++calls === 11 || calls === 14
-      ? accept()
-      : Promise.reject(new Error("Invalid argument (os error 22)"))
-  );
-  using _delays = replaceDelays((ms) => {
-    if (ms! > 640 && ms! < 1000) return ms; // a deadline
-    pauses.push(ms);
-    return 0;
-  });
-  const { server } = start({ timeout: 999 });
-  await assertGreets(server);
-  await assertGreets(server);
-  _accept[Symbol.dispose]();
-  _delays[Symbol.dispose]();
-  await server.shutdown();
-  assertEquals(
-    pauses.slice(0, 12),
-    [5, 10, 20, 40, 80, 160, 320, 640, 1000, 1000, 5, 10],
-  );
-});
-
-Deno.test("serve() accepts again as soon as a connection has ended", async () => {
-  const failed = Promise.withResolvers<Error>();
-  const { server } = start({ onAcceptError: failed.resolve });
-  using _accept = replaceAccept((accept) =>
-    server.connections < 1 ? accept() : Promise.reject(new Error("no memory"))
-  );
-  // The pause would last for ever.
-  using _delays = replaceDelays((ms) => ms === 5 ? 1_000_000 : ms);
-  const first = await connectAndStay(server);
-  await failed.promise;
-  first.close();
-  await assertGreets(server);
-  await server.shutdown();
-});
-
-Deno.test("serve() goes on after accept() has failed", async () => {
-  // What Deno throws when the process is out of file descriptors.
-  const outOfDescriptors = new Error("Too many open files (os error 24)");
-  let failures = 3;
-  using _ = replaceAccept((accept) =>
-    failures-- > 0 ? Promise.reject(outOfDescriptors) : accept()
+    left.length > 0 ? Promise.reject(left.shift()) : accept()
   );
   const errors: Error[] = [];
   const { server } = start({ onAcceptError: (e) => void errors.push(e) });
   await assertGreets(server);
   await server.shutdown();
-  assertEquals(errors, Array(3).fill(outOfDescriptors));
+  assertEquals(errors, failures);
 });
 
-Deno.test("serve() does not report that a client gave up before it was accepted", async () => {
+test("serve() does not report that a client gave up before it was accepted", async () => {
   // What some systems report where Linux hands out a dead connection.
   let failures = 3;
   using _ = replaceAccept((accept) =>
@@ -610,13 +578,70 @@ Deno.test("serve() does not report that a client gave up before it was accepted"
   assertEquals(errors, []);
 });
 
-Deno.test("shutdown() resolves while accept() fails", async () => {
-  const failed = Promise.withResolvers<Error>();
-  using _ = replaceAccept(() => Promise.reject(new Error("no memory")));
-  const { server } = start({ onAcceptError: failed.resolve });
-  await failed.promise;
-  _[Symbol.dispose]();
+test("serve() waits for a while before it calls an accept() again that fails", async () => {
+  let calls = 0;
+  using accept = replaceAccept(() => {
+    calls++;
+    return Promise.reject(outOfDescriptors());
+  });
+  const { server } = start();
+  const began = performance.now();
+  await until(() => calls >= 10); // never, if it went round without a pause
+  assertGreaterOrEqual(performance.now() - began, 9 * 9);
+  accept[Symbol.dispose]();
+  await assertGreets(server);
   await server.shutdown();
+});
+
+test("serve() accepts while first writes are held up, and writes in closed groups", async () => {
+  using writes = holdWrites();
+  const { server, outcomes } = start();
+  const conns = [await connect(server)];
+  await until(() => writes.held.length === 1);
+  conns.push(...await times(200, () => connect(server)));
+  await until(() => server.connections === 201);
+  await writes.release(1); // the first, alone
+  await until(() => writes.held.length === 200);
+  conns.push(...await times(3, () => connect(server)));
+  await until(() => server.connections >= 203);
+  writes.held.splice(0, 199).forEach((go) => go());
+  await until(() => outcomes.length === 200);
+  await writes.release(1); // the last of them; the newcomers wait for it
+  await writes.release(3);
+  const texts = await Promise.all(conns.map(receiveText));
+  assertEquals(texts, Array(204).fill(GREETING));
+  await server.shutdown();
+});
+
+test("serve() puts the answers of greeting functions into groups, too", async () => {
+  using writes = holdWrites();
+  const answer = Promise.withResolvers<string>();
+  await using server = start({ greeting: () => answer.promise }).server;
+  const conns = await times(10, () => connect(server));
+  await until(() => server.connections === 10);
+  answer.resolve(GREETING);
+  await writes.release(1);
+  await writes.release(9);
+  const texts = await Promise.all(conns.map(receiveText));
+  assertEquals(texts, Array(10).fill(GREETING));
+});
+
+test("serve() cuts off a client that waits for its group, and goes on with the next", async () => {
+  using writes = holdWrites();
+  const { server, outcomes } = start({ timeout: 100 });
+  const conns = await times(3, () => connect(server));
+  await until(() => outcomes.length === 3);
+  assertEquals(server.connections, 0);
+  for (const { error } of outcomes) {
+    assertInstanceOf(error, Deno.errors.TimedOut);
+  }
+  await writes.release(1);
+  await writes.release(2);
+  const next = assertGreets(server);
+  await writes.release(1);
+  await next;
+  await server.shutdown();
+  conns.forEach((conn) => conn.close());
 });
 
 // ============================= serve(): addresses =============================
@@ -630,39 +655,39 @@ const hasIPv6 = (() => {
   }
 })();
 
-Deno.test("serve() listens on every IPv4 address by default", async () => {
+test("serve() listens on every IPv4 address by default", async () => {
   await using server = serve({ port: 0 });
   assertEquals(server.addr.hostname, "0.0.0.0");
   assertGreater(server.addr.port, 0);
   await assertGreets(server);
 });
 
-Deno.test({
-  name: "serve() listens on IPv6",
-  ignore: !hasIPv6,
-  async fn() {
-    await using server = serve({ hostname: "::1", port: 0 });
-    const { port } = server.addr;
-    const conn = await Deno.connect({ hostname: "::1", port });
-    assertEquals(await receiveText(conn), GREETING);
-    await assertNotServed(server);
-  },
-});
+test("serve() listens on IPv6 alone", async () => {
+  await using server = serve({ hostname: "::1", port: 0 });
+  const { port } = server.addr;
+  const conn = await Deno.connect({ hostname: "::1", port });
+  assertEquals(await receiveText(conn), GREETING);
+  await assertRefuses(server);
+}, !hasIPv6);
 
-Deno.test({
-  name: "serve() listens on IPv6 and IPv4 together through ::",
-  ignore: !hasIPv6,
-  async fn() {
-    await using server = serve({ hostname: "::", port: 0 });
-    const { port } = server.addr;
+test(
+  "serve() listens on IPv6 and IPv4 through ::, and shows IPv4 addresses as such",
+  async () => {
+    const { server, outcomes } = start({
+      hostname: "::",
+      greeting: ({ hostname }) => hostname,
+    });
     for (const hostname of ["::1", "127.0.0.1"]) {
-      const conn = await Deno.connect({ hostname, port });
-      assertEquals(await receiveText(conn), GREETING);
+      const conn = await Deno.connect({ hostname, port: server.addr.port });
+      assertEquals(await receiveText(conn), hostname);
+      assertEquals(outcomes.at(-1)!.remoteAddr, conn.localAddr);
     }
+    await server.shutdown();
   },
-});
+  !hasIPv6,
+);
 
-Deno.test("serve() hands the backlog to the kernel", async () => {
+test("serve() hands the backlog to the kernel", async () => {
   const { listen } = Deno;
   const backlogs: unknown[] = [];
   Deno.listen = ((options: Deno.TcpListenOptions) => {
@@ -678,7 +703,7 @@ Deno.test("serve() hands the backlog to the kernel", async () => {
   assertEquals(backlogs, [65535, 7]);
 });
 
-Deno.test("serve() throws where it cannot listen", async () => {
+test("serve() throws where it cannot listen", async () => {
   await using server = start().server;
   const { port } = server.addr;
   const hostname = "127.0.0.1";
@@ -691,211 +716,180 @@ Deno.test("serve() throws where it cannot listen", async () => {
   await assertGreets(server);
 });
 
-Deno.test("serve() names a bad option and opens nothing", () => {
+test("serve() names a bad option and opens nothing", async () => {
+  const numbers = [0, -1, 1.5, 2 ** 31, NaN, Infinity];
   const nonsense: [unknown, Record<string, unknown[]>][] = [
     [RangeError, {
       port: [-1, 65536, 1.5, NaN, Infinity],
-      backlog: [0, -1, 1.5, 2 ** 31, NaN],
-      timeout: [0, -1, 0.5, 2 ** 31, NaN, Infinity],
-      maxConnections: [0, -1, 1.5, 2 ** 31, NaN],
+      backlog: numbers,
+      timeout: numbers,
+      maxConnections: numbers,
     }],
     [TypeError, {
-      hostname: [null, 5, {}],
       port: [null, "9000", true],
-      greeting: [null, 5, {}, [1, 2]],
       backlog: [null, "1"],
       timeout: [null, "1"],
       maxConnections: [null, "1"],
-      reusePort: [null, 1, "yes"],
-      signal: [5, {}, "abort"],
-      onListen: [5, "log"],
-      onOutcome: [5, "log"],
-      onAcceptError: [5, "log"],
+      greeting: [null, 5, {}, [1, 2]],
     }],
   ];
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  const { port } = listener.addr as Deno.NetAddr;
+  // A server that got as far as listening would find the port in use.
+  await using server = start().server;
+  const { hostname, port } = server.addr;
   for (const [kind, options] of nonsense) {
     for (const [name, values] of Object.entries(options)) {
       for (const value of values) {
         const error = assertThrows(() =>
-          // A server that got as far as listening would find the port in use.
-          serve({ hostname: "127.0.0.1", port, [name]: value })
+          serve({ hostname, port, [name]: value })
         ) as Error;
         assertEquals(error.constructor, kind, `${name}: ${value}: ${error}`);
         assertStringIncludes(error.message, `${name} must be `);
       }
     }
   }
-  listener.close();
 });
 
-Deno.test("serve() takes undefined for the default", async () => {
+test("serve() takes undefined for the default", async () => {
   await using server = serve({
+    hostname: undefined,
     port: 0,
     greeting: undefined,
+    backlog: undefined,
     timeout: undefined,
+    maxConnections: undefined,
+    reusePort: undefined,
+    signal: undefined,
+    onOutcome: undefined,
+    onAcceptError: undefined,
   });
   await assertGreets(server);
 });
 
-// ========================== serve(): starting, stopping ==========================
+// ============================ serve(): callbacks ============================
 
-Deno.test("serve() calls onListen with the address", async () => {
-  let addr: Deno.NetAddr | undefined;
-  await using server = start({ onListen: (a) => addr = a }).server;
-  assertEquals(addr, server.addr);
-});
-
-Deno.test("serve() throws what onListen throws, and listens no more", () => {
-  let port = 0;
-  const onListen = (addr: Deno.NetAddr) => {
-    port = addr.port;
-    throw new Error("not here");
+test("serve() goes on when callbacks fail, and their errors are uncaught ones", async () => {
+  const uncaught: string[] = [];
+  const note = (event: ErrorEvent | PromiseRejectionEvent) => {
+    event.preventDefault();
+    const error = event instanceof ErrorEvent ? event.error : event.reason;
+    uncaught.push(error.message);
   };
-  assertThrows(() => start({ onListen }), Error, "not here");
-  Deno.listen({ hostname: "127.0.0.1", port }).close();
-});
-
-Deno.test("serve() goes on when callbacks throw, and rejects in the end with the first error", async () => {
+  addEventListener("error", note);
+  addEventListener("unhandledrejection", note);
+  let failures = 1;
+  using _ = replaceAccept((accept) =>
+    failures-- > 0 ? Promise.reject(outOfDescriptors()) : accept()
+  );
   let calls = 0;
   const server = serve({
     port: 0,
     onOutcome() {
-      throw new Error(`call ${++calls}`);
+      calls++;
+      if (calls === 1) throw new Error("thrown");
+      return Promise.reject(new Error("rejected"));
+    },
+    onAcceptError() {
+      throw new Error("accept");
     },
   });
-  for (let i = 0; i < 3; i++) await assertGreets(server);
-  await assertRejects(() => server.shutdown(), Error, "call 1");
-  await assertRejects(() => server.finished, Error, "call 1");
-  assertEquals(calls, 3);
-});
-
-Deno.test("serve() goes on when a callback rejects", async () => {
-  const server = serve({
-    port: 0,
-    onOutcome: () => Promise.reject(new Error("later")),
-  });
-  for (let i = 0; i < 3; i++) await assertGreets(server);
-  await assertRejects(() => server.shutdown(), Error, "later");
-});
-
-Deno.test("shutdown() accepts no more, lets open connections end, and can be called again", async () => {
-  const { server, outcomes } = start({ greeting: LARGER_THAN_BUFFERS });
-  const conn = await connect(server);
-  const beginning = new Uint8Array(65536);
-  const read = await conn.read(beginning);
-  assertEquals(server.connections, 1);
-  const first = server.shutdown();
-  const second = server.shutdown();
-  await refused(server);
-  assertGreaterOrEqual(server.connections, 1);
-  const whole = concat([beginning.subarray(0, read!), await receive(conn)]);
-  assert(equals(whole, LARGER_THAN_BUFFERS));
-  await Promise.all([first, second, server.finished]);
-  await server.shutdown();
-  assertEquals(
-    outcomes.filter(({ bytes }) => bytes === whole.length).length,
-    1,
-  );
+  try {
+    await assertGreets(server);
+    await assertGreets(server);
+    await server.shutdown();
+    await until(() => uncaught.length >= 3);
+  } finally {
+    removeEventListener("error", note);
+    removeEventListener("unhandledrejection", note);
+  }
+  assertEquals(uncaught, ["accept", "thrown", "rejected"]);
   assertEquals(server.connections, 0);
 });
 
-Deno.test("shutdown() greets the clients that the kernel has connected", async () => {
-  const { server, outcomes } = start({ maxConnections: 1, timeout: 20_000 });
-  using _first = await connectAndStay(server);
-  const waiting = await Promise.all(
-    Array.from({ length: 100 }, () => connect(server)),
-  );
-  const { shutdown } = server; // as it is handed to a signal, say
-  const [texts] = await Promise.all([
-    Promise.all(waiting.map(receiveText)),
-    shutdown(),
-  ]);
-  assertEquals(texts, Array(100).fill(GREETING));
-  assertEquals(outcomes.length, 101);
-  await assertRejects(() => connect(server), Deno.errors.ConnectionRefused);
-});
+// ============================= serve(): stopping =============================
 
-Deno.test("shutdown() greets clients in the queue behind first writes", async () => {
-  const gate = Promise.withResolvers<void>();
-  const full = Promise.withResolvers<void>();
-  let writes = 0;
-  using _ = replaceAccept(async (accept) => {
-    const conn = await accept();
-    const { write } = conn;
-    return Object.assign(conn, {
-      async write(data: Uint8Array) {
-        if (++writes === 64) full.resolve();
-        await gate.promise;
-        return await write.call(conn, data);
-      },
-    });
-  });
-  const { server } = start();
-  const conns = await Promise.all(
-    Array.from({ length: 200 }, () => connect(server)),
-  );
-  await full.promise;
-  const shutdown = server.shutdown();
-  for (let i = 0; i < 10; i++) await sleep(0); // turns in which nobody comes
-  gate.resolve();
-  const texts = await Promise.all(conns.map(receiveText));
-  assertEquals(texts, Array(200).fill(GREETING));
-  await shutdown;
+test("shutdown() accepts no more, lets open connections end, and can be called again", async () => {
+  const { server, outcomes } = start({ greeting: LARGE });
+  const conn = await connect(server);
+  const beginning = new Uint8Array(65536);
+  const read = await conn.read(beginning);
+  const first = server.shutdown();
+  const second = server.shutdown();
+  let refused = false;
+  while (!refused) {
+    try {
+      (await connect(server)).close();
+      await sleep(10); // whoever comes in every turn holds up the end
+    } catch {
+      refused = true;
+    }
+  }
+  assertGreaterOrEqual(server.connections, 1);
+  const whole = concat([beginning.subarray(0, read!), await receive(conn)]);
+  assert(equals(whole, LARGE));
+  await Promise.all([first, second, server.finished, server.shutdown()]);
+  const greeted = outcomes.filter(({ bytes }) => bytes === whole.length);
+  assertEquals([server.connections, greeted.length], [0, 1]);
 });
 
 for (
-  const [bound, options] of [
-    ["backlog", { backlog: 100, timeout: 20_000 }],
-    ["timeout", { backlog: 1_000_000, timeout: 200 }],
+  const [name, options, clients] of [
+    ["while there is no room", { maxConnections: 1 }, 100],
+    // Linux queues one more than the backlog.
+    ["as many as it takes", { maxConnections: 1, backlog: 1 }, 2],
   ] as const
 ) {
-  Deno.test(`shutdown() is not held up by a flood for longer than the ${bound}`, async () => {
-    const clients: Promise<unknown>[] = [];
-    // Whenever one is accepted, another comes.
-    using _ = replaceAccept((accept, port) => {
-      const client = Deno.connect({ hostname: "127.0.0.1", port });
-      clients.push(client.then(receive).catch(() => {}));
-      return accept();
-    });
-    const { server, outcomes } = start(options);
-    await Promise.all(Array.from({ length: 10 }, () => assertGreets(server)));
-    const before = outcomes.length;
-    const began = performance.now();
-    await server.shutdown();
-    assertGreater(outcomes.length - before, 5);
-    if (bound === "backlog") assertLess(outcomes.length - before, 300);
-    assertLess(performance.now() - began, 10_000);
-    await Promise.all(clients);
+  test(`shutdown() greets the clients that the kernel has connected, ${name}`, async () => {
+    const { server, outcomes } = start({ ...options, timeout: 20_000 });
+    using _first = await connectAndStay(server);
+    const waiting = await times(clients, () => connect(server));
+    const { shutdown } = server; // as it is handed to a signal, say
+    const shut = shutdown();
+    const texts = await Promise.all(waiting.map(receiveText));
+    assertEquals(texts, Array(clients).fill(GREETING));
+    await shut;
+    assertEquals(outcomes.length, clients + 1);
+    await assertRefuses(server);
   });
 }
 
-Deno.test("an aborted signal ends a shutdown that still greets the queue", async () => {
-  const controller = new AbortController();
-  const { server } = start({
-    maxConnections: 1,
-    timeout: 600_000,
-    signal: controller.signal,
-    greeting: LARGER_THAN_BUFFERS,
+test("shutdown() greets the clients that the kernel has connected, after failures of accept()", async () => {
+  let failing = true;
+  let failures = 0;
+  using _ = replaceAccept((accept) => {
+    if (!failing) return accept();
+    failures++;
+    return Promise.reject(outOfDescriptors());
   });
-  const conns = [await connect(server), await connect(server)];
-  await conns[0]!.read(new Uint8Array(100));
-  const shutdown = server.shutdown();
-  controller.abort();
-  await shutdown;
-  await assertRejects(() => connect(server), Deno.errors.ConnectionRefused);
-  conns.forEach((conn) => conn.close());
+  const { server } = start({ backlog: 10 });
+  const waiting = await times(10, () => connect(server));
+  const shut = server.shutdown();
+  await until(() => failures > 30);
+  failing = false;
+  const texts = await Promise.all(waiting.map(receiveText));
+  assertEquals(texts, Array(10).fill(GREETING));
+  await shut;
 });
 
-Deno.test("shutdown() resolves while accepting is paused", async () => {
-  const { server } = start({ maxConnections: 1, timeout: 100 });
-  using conn = await connect(server);
-  await conn.read(new Uint8Array(100));
+test("shutdown() is not held up by a flood for longer than the timeout", async () => {
+  const clients: Promise<unknown>[] = [];
+  // Whenever one is accepted, another comes.
+  using _ = replaceAccept((accept, port) => {
+    const client = Deno.connect({ hostname: "127.0.0.1", port });
+    clients.push(client.then(receive).catch(() => {}));
+    return accept();
+  });
+  // The flood comes from this process: without the bound it would outrun it.
+  const { server, outcomes } = start({ timeout: 200, maxConnections: 50 });
+  await until(() => outcomes.length >= 10);
+  const before = outcomes.length;
+  const began = performance.now();
   await server.shutdown();
+  assertGreater(outcomes.length - before, 5);
+  assertGreaterOrEqual(performance.now() - began, 200);
+  await Promise.all(clients);
 });
 
-Deno.test("shutdown() frees the port at once", async () => {
+test("shutdown() frees the port at once", async () => {
   const { server } = start();
   await assertGreets(server);
   await server.shutdown();
@@ -903,7 +897,7 @@ Deno.test("shutdown() frees the port at once", async () => {
   await serve({ hostname: "127.0.0.1", port }).shutdown();
 });
 
-Deno.test("await using shuts down and waits for open connections", async () => {
+test("await using shuts down and waits for open connections", async () => {
   const { server, outcomes } = start({ timeout: 100 });
   using conn = await connect(server);
   {
@@ -911,71 +905,140 @@ Deno.test("await using shuts down and waits for open connections", async () => {
     await conn.read(new Uint8Array(100));
     assertEquals(server.connections, 1);
   }
-  assertEquals(server.connections, 0);
-  assertEquals(outcomes.length, 1);
+  assertEquals([server.connections, outcomes.length], [0, 1]);
 });
 
-Deno.test("an aborted signal stops the server and closes every connection at once", async () => {
+// ============================= serve(): aborting =============================
+
+const REASON = new Error("enough");
+
+/** A server whose clients would keep it for ever, and what aborts it. */
+function startAbortable(options: ServeOptions = {}) {
   const controller = new AbortController();
-  const { server, outcomes } = start({
-    signal: controller.signal,
-    greeting: LARGER_THAN_BUFFERS,
-    timeout: 600_000,
-  });
-  const conns = [await connect(server), await connect(server)];
+  const { signal } = controller;
+  const abort = () => controller.abort(REASON);
+  return { abort, ...start({ timeout: 600_000, signal, ...options }) };
+}
+
+const NEVER = new Promise<never>(() => {});
+
+test("an aborted signal closes those that are being written to, at once", async () => {
+  const { server, outcomes, abort } = startAbortable({ greeting: LARGE });
+  const conns = await times(2, () => connect(server));
   for (const conn of conns) await conn.read(new Uint8Array(100));
-  const reason = new Error("enough");
-  controller.abort(reason);
-  controller.abort(new Error("again"));
+  abort();
+  abort();
   await server.finished;
-  assertEquals(outcomes.map(({ error }) => error), [reason, reason]);
-  await assertNotServed(server);
+  assertEquals(outcomes.map(({ error }) => error), [REASON, REASON]);
+  await assertRefuses(server);
   conns.forEach((conn) => conn.close());
 });
 
-Deno.test("an aborted signal closes a connection that was just accepted", async () => {
-  const controller = new AbortController();
+test("an aborted signal closes greeted clients that linger, at once", async () => {
+  using writes = holdWrites();
+  const { server, outcomes, abort } = startAbortable();
+  const conn = await connect(server);
+  await writes.release(1);
+  await until(() => outcomes.length === 1);
+  abort();
+  assertEquals(server.connections, 0);
+  await server.finished;
+  assertEquals(outcomes.map(({ error }) => error), [undefined]);
+  assertEquals(await receiveText(conn), GREETING);
+});
+
+test("an aborted signal closes those that wait for their group", async () => {
+  using writes = holdWrites();
+  const { server, outcomes, abort } = startAbortable();
+  const conns = await times(5, () => connect(server));
+  await until(() => server.connections === 5);
+  abort();
+  await server.finished;
+  assertEquals(outcomes.map(({ error }) => error), Array(5).fill(REASON));
+  await writes.release(1);
+  await writes.release(4);
+  assertEquals(outcomes.length, 5);
+  conns.forEach((conn) => conn.close());
+});
+
+test("an aborted signal closes a connection that is just being accepted", async () => {
   using _ = replaceAccept(async (accept) => {
     const conn = await accept();
-    controller.abort();
+    abort();
     return conn;
   });
-  const { server, outcomes } = start({ signal: controller.signal });
+  const { server, outcomes, abort } = startAbortable();
   assertEquals(await receiveText(await connect(server)), "");
   await server.finished;
-  assertEquals(outcomes[0]!.error?.name, "AbortError");
+  assertEquals(outcomes.map(({ error }) => error), [REASON]);
 });
 
-Deno.test("an aborted signal ends the wait for a greeting function", async () => {
-  const controller = new AbortController();
-  const asked = Promise.withResolvers<void>();
-  const { server, outcomes } = start({
-    signal: controller.signal,
-    timeout: 600_000,
-    greeting: () => {
-      asked.resolve();
-      return new Promise(() => {});
+for (
+  const [when, greeting] of [
+    ["while it is called", (abort: () => void) => abort()],
+    ["while it is awaited", (abort: () => void) => setTimeout(abort)],
+  ] as const
+) {
+  test(`an aborted signal ends the wait for a greeting function, ${when}`, async () => {
+    const { server, outcomes, abort } = startAbortable({
+      greeting() {
+        greeting(abort);
+        return NEVER;
+      },
+    });
+    using _conn = await connect(server);
+    await server.finished;
+    assertEquals(outcomes.map(({ error }) => error), [REASON]);
+  });
+}
+
+test("a signal that is aborted in onOutcome closes all others", async () => {
+  const outcomes: Outcome[] = [];
+  let calls = 0;
+  const { server, abort } = startAbortable({
+    greeting: () => ++calls === 3 ? GREETING : NEVER,
+    onOutcome(outcome) {
+      outcomes.push(outcome);
+      abort();
     },
   });
-  using _conn = await connect(server);
-  await asked.promise;
-  const reason = new Error("enough");
-  controller.abort(reason);
+  const slow = await times(2, () => connect(server));
+  await until(() => server.connections === 2);
+  slow.push(await connect(server));
   await server.finished;
-  assertEquals(outcomes.map(({ error }) => error), [reason]);
+  slow.forEach((conn) => conn.close());
+  const errors = outcomes.map(({ error }) => error);
+  assertEquals(errors, [undefined, REASON, REASON]);
 });
 
-Deno.test("an aborted signal does not harm a server that has stopped", async () => {
-  const controller = new AbortController();
-  const { server } = start({ signal: controller.signal });
-  await server.shutdown();
-  controller.abort();
+test("an aborted signal ends the pause after a failed accept()", async () => {
+  let failures = 1;
+  using _ = replaceAccept((accept) =>
+    failures-- > 0 ? Promise.reject(outOfDescriptors()) : accept()
+  );
+  const { server, abort } = startAbortable({ onAcceptError: () => abort() });
   await server.finished;
+  await assertRefuses(server);
 });
 
-Deno.test("a signal keeps no hold of a server that has stopped", async () => {
+test("an aborted signal ends a shutdown that still greets the queue", async () => {
+  const { server, abort } = startAbortable({
+    maxConnections: 1,
+    greeting: LARGE,
+  });
+  const conns = await times(2, () => connect(server));
+  await until(() => server.connections === 1);
+  const shutdown = server.shutdown();
+  abort();
+  await shutdown;
+  await assertRefuses(server);
+  conns.forEach((conn) => conn.close());
+});
+
+test("an aborted signal does not harm a server that has stopped, and has no hold of it", async () => {
   const listeners = new Set<unknown>();
-  const signal = Object.assign(new AbortController().signal, {
+  const controller = new AbortController();
+  const signal = Object.assign(controller.signal, {
     addEventListener: (_: string, f: unknown) => void listeners.add(f),
     removeEventListener: (_: string, f: unknown) => void listeners.delete(f),
   });
@@ -983,24 +1046,15 @@ Deno.test("a signal keeps no hold of a server that has stopped", async () => {
   assertEquals(listeners.size, 1);
   await server.shutdown();
   assertEquals(listeners.size, 0);
-});
-
-Deno.test("serve() throws the reason of a signal that is aborted already", () => {
-  const signal = AbortSignal.abort(new Error("too late"));
-  const onListen = () => {
-    throw new Error("listened");
-  };
-  assertThrows(() => serve({ port: 0, signal, onListen }), Error, "too late");
-});
-
-Deno.test("serve() stops when onListen aborts the signal", async () => {
-  const controller = new AbortController();
-  const { server } = start({
-    signal: controller.signal,
-    onListen: () => controller.abort(),
-  });
+  controller.abort();
   await server.finished;
-  await assertNotServed(server);
+});
+
+test("serve() throws the reason of a signal that is aborted already", async () => {
+  await using server = start().server; // whose port would be in use
+  const { hostname, port } = server.addr;
+  const signal = AbortSignal.abort(REASON);
+  assertThrows(() => serve({ hostname, port, signal }), Error, "enough");
 });
 
 // =============================== A random crowd ===============================
@@ -1025,13 +1079,12 @@ interface Visit {
 
 /** A client that does something at random. */
 async function randomVisit(
-  connect: () => Promise<Deno.TcpConn>,
+  conn: Deno.TcpConn,
   pick: <T>(...choices: T[]) => T,
 ): Promise<Visit> {
   const manner = pick("read", "read", "read", "stall", "part", "leave");
   const before = pick("", "", "wait", "send 10", "send 300000", "half-close");
   const pace = pick("at once", "at once", "slowly", "byte by byte");
-  const conn = await connect();
   const pieces: Uint8Array[] = [];
   let bytes = 0;
   try {
@@ -1065,7 +1118,7 @@ async function randomCrowd(seed: number, accepted: Map<number, number>) {
   const pick = <T>(...choices: T[]) =>
     choices[Math.floor(random() * choices.length)]!;
   const size = pick(0, 1, 18, 5000, 300_000, 4_000_000);
-  const whole = LARGER_THAN_BUFFERS.subarray(seed % 1000, seed % 1000 + size);
+  const whole = LARGE.subarray(seed % 1000, seed % 1000 + size);
   const timeout = pick(200, 600);
   const outcomes: (Outcome & { at: number })[] = [];
   const { server } = start({
@@ -1079,17 +1132,15 @@ async function randomCrowd(seed: number, accepted: Map<number, number>) {
     timeout,
     onOutcome: (o) => void outcomes.push({ ...o, at: performance.now() }),
   });
-  const visits = await Promise.all(
-    Array.from({ length: 30 }, async (_, i) => {
-      if (i % 10 === 0) await connectAndReset(server.addr.port);
-      return await randomVisit(() => connect(server), pick);
-    }),
-  );
+  const visits = await times(30, async (i) => {
+    if (i % 10 === 0) await connectAndReset(server.addr.port);
+    return await randomVisit(await connect(server), pick);
+  });
   for (const { conn, received, ended } of visits) {
     const port = (conn?.localAddr as Deno.NetAddr | undefined)?.port;
     conn?.close();
     if (!received) continue;
-    assert(equals(received, whole.subarray(0, received.length)), "wrong bytes");
+    assert(startsWith(whole, received), "wrong bytes");
     if (received.length === whole.length) continue;
     // It has lost something: then its time was up.
     const outcome = outcomes.find((o) => o.remoteAddr.port === port)!;
@@ -1102,7 +1153,7 @@ async function randomCrowd(seed: number, accepted: Map<number, number>) {
   assertEquals(outcomes.length, accepted.get(server.addr.port));
 }
 
-Deno.test("serve() keeps its promise to a random crowd", async () => {
+test("serve() keeps its promise to a random crowd, with one outcome for each client", async () => {
   const [given] = Deno.args.map(Number); // deno test --allow-net -- SEED
   const first = Math.floor(Math.random() * 2 ** 31);
   const seeds = given === undefined
@@ -1114,34 +1165,33 @@ Deno.test("serve() keeps its promise to a random crowd", async () => {
     accepted.set(port, (accepted.get(port) ?? 0) + 1);
     return conn;
   });
-  await Promise.all(seeds.map(async (seed) => {
-    try {
-      await randomCrowd(seed, accepted);
-    } catch (cause) {
-      throw new Error(`with the seed ${seed}: ${cause}`, { cause });
-    }
-  }));
+  // All are awaited, so that one that fails does so alone.
+  const crowds = await Promise.allSettled(
+    seeds.map((seed) => randomCrowd(seed, accepted)),
+  );
+  const failures = crowds.flatMap((crowd, i) =>
+    crowd.status === "rejected" ? [`seed ${seeds[i]}: ${crowd.reason}`] : []
+  );
+  assertEquals(failures, []);
 });
 
 // ================================ parseFlags() ================================
 
-Deno.test("parseFlags() leaves the defaults to serve()", () => {
-  assertEquals(parseFlags([]), {
-    hostname: undefined,
-    port: undefined,
-    greeting: undefined,
-    backlog: undefined,
-    timeout: undefined,
-    maxConnections: undefined,
-    reusePort: false,
-    verbose: false,
-    help: false,
-    version: false,
-  });
-});
+const NO_FLAGS = {
+  hostname: "0.0.0.0",
+  port: 9000,
+  greeting: GREETING,
+  backlog: 65535,
+  timeout: 5000,
+  maxConnections: 10000,
+  reusePort: false,
+  verbose: false,
+  help: false,
+  version: false,
+};
 
-Deno.test("parseFlags() takes long and short flags, and the last of a repeated one", () => {
-  const cases: [string, Record<string, unknown>][] = [
+test("parseFlags() takes long and short flags, and the last of a repeated one", async () => {
+  const cases: [string, Partial<typeof NO_FLAGS>][] = [
     ["--port 80", { port: 80 }],
     ["--port=0", { port: 0 }],
     ["-p 65535", { port: 65535 }],
@@ -1164,6 +1214,7 @@ Deno.test("parseFlags() takes long and short flags, and the last of a repeated o
     ["-t 0.25", { timeout: 250 }],
     ["-t .5", { timeout: 500 }],
     ["-t 0.001", { timeout: 1 }],
+    ["-t 1.0015", { timeout: 1002 }],
     ["--max-connections 7", { maxConnections: 7 }],
     ["-c 7", { maxConnections: 7 }],
     ["--reuse-port", { reusePort: true }],
@@ -1175,13 +1226,10 @@ Deno.test("parseFlags() takes long and short flags, and the last of a repeated o
     ["-V", { version: true }],
     ["--version", { version: true }],
   ];
-  const defaults = parseFlags([]);
+  assertEquals(await parseFlags([]), NO_FLAGS);
   for (const [line, expected] of cases) {
-    assertEquals(
-      parseFlags(line.split(" ")),
-      { ...defaults, ...expected },
-      line,
-    );
+    const flags = await parseFlags(line.split(" "));
+    assertEquals(flags, { ...NO_FLAGS, ...expected }, line);
   }
 });
 
@@ -1230,15 +1278,15 @@ const BAD_COMMAND_LINES: [string[], string][] = [
   [["two\nlines"], String.raw`stray word "two\nlines"`],
 ];
 
-Deno.test("parseFlags() names what is wrong, in one line", () => {
+test("parseFlags() names what is wrong, in one line", async () => {
   for (const [args, message] of BAD_COMMAND_LINES) {
-    const error = assertThrows(() => parseFlags(args), UsageError);
+    const error = await assertRejects(() => parseFlags(args)) as Error;
     assertStringIncludes(error.message, message);
-    assertMatch(error.message, /^[^\n]+ \(see --help\)$/);
+    assertMatch(error.message, /^[^\n]+$/);
   }
 });
 
-Deno.test("parseFlags() gives options or a usage error for any arguments", () => {
+test("parseFlags() gives valid options or one line for any arguments", async () => {
   const names = "port hostname greeting backlog timeout max-connections " +
     "reuse-port verbose help version p H g b t c r v h V x no-port _ __proto__ " +
     "constructor port.a toString";
@@ -1248,104 +1296,33 @@ Deno.test("parseFlags() gives options or a usage error for any arguments", () =>
     ...["true", "false", "null", "\n", "\0", "ü", "☎", "::1", "0.0.0.0", "a=b"],
   ];
   const pick = () => pieces[Math.floor(Math.random() * pieces.length)]!;
+  const signal = AbortSignal.abort(REASON);
   let parsed = 0;
   for (let i = 0; i < 20_000; i++) {
     const args = Array.from(
       { length: i % 5 },
       () => Math.random() < 0.7 ? pick() : pick() + pick(),
     );
-    try {
-      const flags = parseFlags(args);
-      parsed++;
-      const { port = 0, backlog = 1, timeout = 1, maxConnections = 1 } = flags;
-      assert(Number.isInteger(port) && port >= 0 && port <= 65535);
-      for (const number of [backlog, timeout, maxConnections]) {
-        assert(Number.isInteger(number) && number >= 1);
-      }
-      assert(flags.hostname !== "" && flags.greeting !== "");
-      for (const name of ["reusePort", "verbose", "help", "version"] as const) {
-        assertEquals(typeof flags[name], "boolean");
-      }
-    } catch (error) {
-      if (!(error instanceof UsageError)) throw error;
+    const flags = await parseFlags(args).catch((error: Error) => {
+      assertEquals(error.constructor, Error, `${args}: ${error}`);
       assertMatch(error.message, /^[^\n]+$/);
+    });
+    if (!flags) continue;
+    parsed++;
+    // Checks the options first, and then throws the reason.
+    assertThrows(() => serve({ ...flags, signal }), Error, "enough");
+    assert(flags.hostname !== "" && flags.greeting !== "");
+    for (const name of ["reusePort", "verbose", "help", "version"] as const) {
+      assertEquals(typeof flags[name], "boolean");
     }
   }
   assertGreater(parsed, 4000);
 });
 
-/** What an option or a flag is when it is left out, as the texts say it. */
-const DEFAULT_TEXTS: Record<string, string> = {
-  port: `${DEFAULTS.port}`,
-  hostname: DEFAULTS.hostname!,
-  greeting: `${DEFAULTS.greeting}`.trimEnd(),
-  backlog: `${DEFAULTS.backlog}`,
-  timeout: `${DEFAULTS.timeout / 1000}`,
-  "max-connections": `${DEFAULTS.maxConnections}`,
-};
-
-/** The flags of a text, as `-p, --port <port>`, and what it says of each. */
-function flagsIn(text: string, entry: RegExp): Map<string, string> {
-  return new Map([...text.matchAll(entry)].map(([, flag, rest]) => [
-    flag!.trim(),
-    rest!.replace(/\s+/g, " "),
-  ]));
-}
-
-Deno.test("--help, the README, parseFlags() and serve() have the same flags and defaults", () => {
-  const help = flagsIn(
-    /const HELP = `([^`]*)`/.exec(source)![1]!,
-    /^ {2}(-\w, --[^ ]+(?: <\w+>)?) +(.*(?:\n {10,}.*)*)/gm,
-  );
-  const table = flagsIn(readme, /^\| `(-\w, --[^`]+)` *\|(.*)\|$/gm);
-  assertEquals([...help.keys()], [...table.keys()]);
-  assertEquals(help.size, 10);
-  for (const [flag, text] of help) {
-    const [, short, long, value] = /-(\w), --([\w-]+)( <\w+>)?/.exec(flag)!;
-    const given = value ? ["1"] : [];
-    const flags = parseFlags([`--${long}`, ...given]);
-    assertEquals(parseFlags([`-${short}`, ...given]), flags);
-    assert(flags[toOption(long!)] !== parseFlags([])[toOption(long!)], long);
-    const expected = DEFAULT_TEXTS[long!];
-    assertEquals(expected !== undefined, value !== undefined, long);
-    if (!expected) continue;
-    assertMatch(text, new RegExp(`\\(${RegExp.escape(expected)}[,)]`));
-    assertStringIncludes(
-      `${table.get(flag)} `.replaceAll("`", ""),
-      `| ${expected} `,
-    );
-  }
-});
-
-function toOption(flag: string): keyof ReturnType<typeof parseFlags> {
-  return flag.replace(/-(\w)/g, (_, c) => c.toUpperCase()) as "port";
-}
-
-Deno.test("ServeOptions and DEFAULTS have the same defaults", () => {
-  const options = /interface ServeOptions \{([^}]*)\n\}/.exec(source)![1]!;
-  const documented = Object.fromEntries(
-    [...options.matchAll(/Default: `?([^`]*?)`?\.\s(?:[^/]*?)\*\/\s+(\w+)\?:/g)]
-      .map(([, value, option]) => [option, value]),
-  );
-  const actual = Object.fromEntries(
-    Object.entries(DEFAULTS)
-      .map(([option, value]) => [option, `${value}`.replace("\n", "\\n")]),
-  );
-  assertEquals(documented, actual);
-});
-
-Deno.test("canCutOff() is true from Deno 2.9.5 on", () => {
-  for (const version of ["2.9.5", "2.9.10", "2.10.0", "3.0.0", "10.0.0"]) {
-    assert(canCutOff(version), version);
-  }
-  for (const version of ["2.9.4", "2.8.10", "2.0.0", "1.46.3"]) {
-    assert(!canCutOff(version), version);
-  }
-});
-
 // ============================== The command line ==============================
 
 const ignore = Deno.permissions.querySync({ name: "run" }).state !== "granted";
+const onLinux = Deno.build.os === "linux";
 
 /** What runs the server: after it come the server's own arguments. */
 function denoRun(...permissions: string[]): string[] {
@@ -1357,216 +1334,188 @@ function denoRun(...permissions: string[]): string[] {
 async function sh(script: string, ...args: string[]) {
   const command = new Deno.Command("sh", {
     args: ["-c", script, "sh", ...args],
+    stdin: "null",
   });
   const { code, stdout, stderr } = await command.output();
-  const [out, err] = [decode(stdout), decode(stderr)];
-  return { code, stdout, out, err };
+  return { code, stdout, out: decode(stdout), err: decode(stderr) };
 }
 
-/** Runs the command line to its end. */
-function cli(args: string[], ...permissions: string[]) {
-  return sh('exec "$@" </dev/null', ...denoRun(...permissions), ...args);
+/** The lines of a stream, as they come. */
+function watch(stream: ReadableStream<Uint8Array>) {
+  let text = "";
+  let over = false;
+  const end = (async () => {
+    for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
+      text += piece;
+    }
+    over = true;
+  })();
+  const lines = () => text.split(/\r?\n/).slice(0, -1);
+  return {
+    end,
+    lines,
+    /** Waits for a line. */
+    async line(pattern: RegExp): Promise<RegExpExecArray> {
+      const found = () =>
+        lines().map((line) => pattern.exec(line)).find((match) => match);
+      await until(() => found() || over);
+      const match = found();
+      if (!match) throw new Error(`no line ${pattern}: ${text}`);
+      return match;
+    },
+  };
 }
+
+const LISTENING = /^Listening on .*:(\d+) \(try: (nc .*)\)$/;
 
 /** Starts the command line, on a free port of 127.0.0.1 unless `args` differ. */
 async function launch(
   args: string[] = [],
   { stdin = new Uint8Array(), limit = "", permission = "--allow-net" } = {},
 ) {
+  const command = [...denoRun(permission), "-H127.0.0.1", "-p0", ...args];
   const child = new Deno.Command("sh", {
-    args: [
-      "-c",
-      `${limit} exec "$@"`,
-      "sh",
-      ...denoRun(permission),
-      "-H127.0.0.1",
-      "-p0",
-      ...args,
-    ],
+    args: ["-c", `${limit} exec "$@"`, "sh", ...command],
     stdin: "piped",
     stdout: "null",
     stderr: "piped",
   }).spawn();
-  const lines: string[] = [];
-  let news = Promise.withResolvers<void>();
-  const read = (async () => {
-    let text = "";
-    for await (
-      const piece of child.stderr.pipeThrough(new TextDecoderStream())
-    ) {
-      text += piece;
-      const complete = text.split("\n");
-      text = complete.pop()!;
-      lines.push(...complete);
-      news.resolve();
-      news = Promise.withResolvers();
-    }
-    news.promise.catch(() => {});
-    news.reject(new Error(`The server has ended.\n${lines.join("\n")}`));
-  })();
-  /** Waits until standard error has so many lines. */
-  async function count(number: number): Promise<void> {
-    while (lines.length < number) await news.promise;
-  }
-  /** Waits for a line of standard error. */
-  async function line(pattern: RegExp): Promise<RegExpExecArray> {
-    for (let i = 0;; i++) {
-      await count(i + 1);
-      const match = pattern.exec(lines[i]!);
-      if (match) return match;
-    }
-  }
+  const log = watch(child.stderr);
   const writer = child.stdin.getWriter();
   await writer.write(stdin);
   await writer.close();
-  const [, port, nc = ""] = await line(
-    /^Listening on .*:(\d+) \(try: (nc .*)\)$/,
-  );
-  /** Waits for the end: the exit code and the last line. */
-  async function end() {
-    const { code } = await child.status;
-    await read;
-    return { code, last: lines.at(-1) };
-  }
+  const [, port, nc = ""] = await log.line(LISTENING);
   return {
+    ...log,
     pid: child.pid,
     /** The command of a client, as the server suggests it. */
     nc,
-    lines,
-    count,
-    line,
     connect: () => Deno.connect({ hostname: "127.0.0.1", port: Number(port) }),
     kill: (signal: Deno.Signal) => child.kill(signal),
-    end,
+    /** Waits for the end: how it ended, and its last line. */
+    async ended() {
+      const { code, signal } = await child.status;
+      await log.end;
+      return { code, signal, last: log.lines().at(-1) };
+    },
     stop(signal: Deno.Signal = "SIGTERM") {
       child.kill(signal);
-      return end();
+      return this.ended();
     },
   };
 }
 
+/** How a server ends that was stopped. */
+function stopped(greeted: number, failed = 0) {
+  const last = `Stopped: ${greeted} greeted, ${failed} failed`;
+  return { code: 0, signal: null, last };
+}
+
 /** A test with processes: left out where it may not start any. */
-function processTest(name: string, fn: () => Promise<void>, without = ignore) {
-  Deno.test({ name: `server.ts ${name}`, ignore: without, fn });
+function processTest(name: string, fn: () => Promise<void>, where = true) {
+  test(`server.ts ${name}`, fn, ignore || !where);
 }
 
 processTest("greets nc, and stops on SIGINT and on SIGTERM", async () => {
   for (const signal of ["SIGINT", "SIGTERM"] as const) {
     const server = await launch();
     assertMatch(
-      server.lines[0]!,
+      server.lines()[0]!,
       /^Listening on 127\.0\.0\.1:(\d+) \(try: nc 127\.0\.0\.1 \1\)$/,
     );
     const silent = await sh(`${server.nc} </dev/null`);
     assertEquals(silent.out, GREETING);
     const talking = await sh(`echo Hello from nc | ${server.nc}`);
     assertEquals(talking.out, GREETING);
-    assertEquals(await server.stop(signal), {
-      code: 0,
-      last: "Stopped: 2 greeted, 0 failed",
-    });
+    assertEquals(await server.stop(signal), stopped(2));
   }
 });
 
-processTest("shows how to reach it on IPv4 and IPv6", async () => {
-  const cases: [string, string, string][] = [
-    ["0.0.0.0", "0.0.0.0", "localhost"],
-    ["::", "[::]", "localhost"],
-    ["::1", "[::1]", "::1"],
-    ["localhost", "127.0.0.1", "127.0.0.1"],
-  ];
-  for (const [host, shown, client] of cases) {
-    const server = await launch(["--hostname", host]);
-    assertStringIncludes(server.lines[0]!, `Listening on ${shown}:`);
-    assertStringIncludes(server.lines[0]!, `(try: nc ${client} `);
-    assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
-    assertEquals((await server.stop()).code, 0);
-  }
-}, ignore || !hasIPv6);
-
-processTest(
-  "sends a greeting of the user's, and adds a newline where it has none",
-  async () => {
-    for (
-      const [args, expected] of [
-        [["-g", "Hi there"], "Hi there\n"],
-        [["--greeting=☎\n"], "☎\n"],
-      ] as const
-    ) {
-      const server = await launch([...args]);
-      assertEquals((await sh(`${server.nc} </dev/null`)).out, expected);
-      assertEquals((await server.stop()).code, 0);
-    }
-  },
-);
-
-processTest("sends standard input byte for byte", async () => {
-  for (const stdin of [LARGER_THAN_BUFFERS, new Uint8Array()] as const) {
-    const server = await launch(["--greeting=-"], { stdin });
-    assert(equals((await sh(`${server.nc} </dev/null`)).stdout, stdin));
-    assertEquals(await server.stop(), {
-      code: 0,
-      last: "Stopped: 1 greeted, 0 failed",
-    });
-  }
-});
-
-processTest("says that it cannot read standard input", async () => {
-  const { code, out, err } = await sh(
-    'exec "$@" </',
-    ...denoRun("--allow-net"),
-    "-p0",
-    "-g-",
+for (
+  const [host, shown, client, isIPv6] of [
+    ["0.0.0.0", "0.0.0.0", "127.0.0.1", false],
+    ["localhost", "127.0.0.1", "127.0.0.1", false],
+    ["::", "[::]", "::1", true],
+    ["::1", "[::1]", "::1", true],
+  ] as const
+) {
+  processTest(
+    `shows how to reach it on ${host}, with a command that works`,
+    async () => {
+      const server = await launch(["--hostname", host]);
+      assertStringIncludes(server.lines()[0]!, `Listening on ${shown}:`);
+      assertStringIncludes(server.lines()[0]!, `(try: nc ${client} `);
+      assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
+      assertEquals(await server.stop(), stopped(1));
+    },
+    hasIPv6 || !isIPv6,
   );
-  assertEquals([code, out], [1, ""]);
-  assertMatch(err, /^Cannot read standard input: Is a directory.*\n$/);
-});
+}
+
+for (
+  const [what, args, stdin, expected] of [
+    ["a greeting, and adds a newline", ["-g", "Hi there"], "", "Hi there\n"],
+    ["a greeting that has its newline", ["--greeting=☎\n"], "", "☎\n"],
+    ["standard input as it is", ["--greeting=-"], "220 ready\r\n", null],
+    ["20 MiB of standard input", ["--greeting=-"], LARGE, null],
+  ] as const
+) {
+  processTest(`sends ${what}`, async () => {
+    const bytes = typeof stdin === "string"
+      ? new TextEncoder().encode(stdin)
+      : stdin;
+    const server = await launch([...args], { stdin: bytes });
+    const { stdout } = await sh(`${server.nc} </dev/null`);
+    if (expected) assertEquals(decode(stdout), expected);
+    else assert(equals(stdout, bytes));
+    assertEquals(await server.stop(), stopped(1));
+  });
+}
+
+for (
+  const [what, stdin, why] of [
+    ["empty", "</dev/null", "it is empty"],
+    ["no file", "</", "Is a directory"],
+  ] as const
+) {
+  processTest(`says that standard input is ${what}`, async () => {
+    const command = [...denoRun("--allow-net"), "-p0", "--greeting=-"];
+    const { code, out, err } = await sh(`exec "$@" ${stdin}`, ...command);
+    assertEquals([code, out], [1, ""]);
+    assertMatch(err, /^[^\n]+\n$/);
+    assertStringIncludes(err, `Cannot read standard input: ${why}`);
+  });
+}
 
 processTest("prints a line for every connection with --verbose", async () => {
-  const server = await launch(["--verbose", "--timeout=0.2", "--greeting=-"], {
-    stdin: LARGER_THAN_BUFFERS,
-  });
+  const args = ["--verbose", "--timeout=0.2", "--greeting=-"];
+  const server = await launch(args, { stdin: LARGE });
   const good = await server.connect();
-  const { port } = good.localAddr as Deno.NetAddr;
   await receive(good);
-  await server.line(
-    new RegExp(
-      `^127\\.0\\.0\\.1:${port} greeted: ${LARGER_THAN_BUFFERS.length} bytes, \\d+\\.\\d ms$`,
-    ),
-  );
   using stuck = await server.connect();
-  const { port: stuckPort } = stuck.localAddr as Deno.NetAddr;
-  await server.line(
-    new RegExp(
-      `^127\\.0\\.0\\.1:${stuckPort} failed, not taken in 200 ms: \\d+ bytes, \\d+\\.\\d ms$`,
-    ),
-  );
-  assertEquals(await server.stop(), {
-    code: 0,
-    last: "Stopped: 1 greeted, 1 failed",
-  });
+  for (
+    const [conn, how] of [
+      [good, `greeted: ${LARGE.length} bytes`],
+      [stuck, String.raw`failed, not greeted in 200 ms: \d+ bytes`],
+    ] as const
+  ) {
+    const { port } = conn.localAddr as Deno.NetAddr;
+    const line = `^127\\.0\\.0\\.1:${port} ${how}, \\d+\\.\\d ms$`;
+    await server.line(new RegExp(line));
+  }
+  assertEquals(await server.stop(), stopped(1, 1));
 });
 
 processTest(
   "answers a bad command line with one line and exit code 2",
   async () => {
     // A process for each kind of problem; the tests of parseFlags() have them all.
-    for (
-      const args of [
-        ["--port="],
-        ["-p1.5"],
-        ["--bogus"],
-        ["stray"],
-        ["-t0"],
-        ["-c0"],
-        ["-b"],
-        ["-v=1"],
-      ]
-    ) {
-      const { code, out, err } = await cli(args);
-      assertEquals([code, out], [2, ""], args.join(" "));
-      assertMatch(err, /^[^\n]+ \(see --help\)\n$/);
-    }
+    const kinds = ["--port=", "-p1.5", "--bogus", "stray", "-t0", "-b", "-v=1"];
+    await times(kinds.length, async (i) => {
+      const run = await sh('exec "$@"', ...denoRun(), kinds[i]!);
+      assertEquals([run.code, run.out], [2, ""], kinds[i]);
+      assertMatch(run.err, /^[^\n]+ \(see --help\)\n$/);
+    });
   },
 );
 
@@ -1575,108 +1524,183 @@ processTest(
   async () => {
     using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
     const { port } = listener.addr as Deno.NetAddr;
-    const cases: [string, string[], string[], RegExp][] = [
-      [
-        "127.0.0.1:" + port,
-        ["-H", "127.0.0.1", "-p", `${port}`],
-        ["--allow-net"],
-        /in use.*--port/,
-      ],
-      [
-        "203.0.113.1:9000",
-        ["-H", "203.0.113.1"],
-        ["--allow-net"],
-        /this machine.*--hostname/,
-      ],
-      [
-        "no.such.host.invalid:9000",
-        ["-H", "no.such.host.invalid"],
-        ["--allow-net"],
-        /does not resolve.*--hostname/,
-      ],
-      ["a\\nb:9000", ["-H", "a\nb"], ["--allow-net"], /invalid host/],
-      [
-        "[::1]:9000",
-        ["-H", "::1"],
-        ["--allow-net=0.0.0.0:9000"],
-        /permission.*--allow-net/,
-      ],
-      ["0.0.0.0:9000", [], [], /permission.*--allow-net/],
+    const any = "--allow-net";
+    const cases: [string, number, string, string][] = [
+      ["127.0.0.1", port, any, "Address already in use (os error"],
+      ["203.0.113.1", 9000, any, "Cannot assign requested address"],
+      ["no.such.host.invalid", 9000, any, "failed to lookup address"],
+      ["a b", 9000, any, "invalid host"],
+      ["::1", 9000, "--allow-net=0.0.0.0", "Requires net access"],
+      ["0.0.0.0", 9000, "--no-remote", "run again with the --allow-net flag"],
     ];
-    for (const [address, args, permissions, why] of cases) {
-      const { code, out, err } = await cli(args, ...permissions);
-      assertEquals([code, out], [1, ""], err);
-      assertMatch(err, /^[^\n]+\n$/);
-      assertStringIncludes(err, `Cannot listen on ${address}: `);
-      assertMatch(err, why);
+    for (const [host, port, permission, why] of cases) {
+      const args = ["-H", host.replace(" ", "\n"), "-p", `${port}`];
+      const run = await sh('exec "$@"', ...denoRun(permission), ...args);
+      assertEquals([run.code, run.out], [1, ""], run.err);
+      assertMatch(run.err, /^[^\n]+\n$/);
+      const address = host.includes(":") ? `[${host}]` : host;
+      assertStringIncludes(run.err, `Cannot listen on ${address}:${port}: `);
+      assertStringIncludes(run.err, why);
     }
   },
 );
 
 processTest("says that a port is privileged", async () => {
-  const script =
-    '[ "$(id -u)" = 0 ] && without="setpriv --bounding-set=-net_bind_service"; exec $without "$@"';
+  // Docker's default has no such ports.
+  const lowest = await sh("cat /proc/sys/net/ipv4/ip_unprivileged_port_start");
+  if (Number(lowest.out) <= 1) return;
   const { code, out, err } = await sh(
-    script,
+    '[ "$(id -u)" = 0 ] && without="setpriv --bounding-set=-net_bind_service"; exec $without "$@"',
     ...denoRun("--allow-net"),
-    "-p",
-    "1",
+    "-p1",
   );
   assertEquals([code, out], [1, ""]);
-  assertMatch(err, /^Cannot listen on 0\.0\.0\.0:1: .*privileged.*--port.*\n$/);
-}, ignore || Deno.build.os !== "linux");
+  assertMatch(err, /^Cannot listen on 0\.0\.0\.0:1: Permission denied.*\n$/);
+}, onLinux);
 
 processTest(
   "prints help and version to standard output, without any permission",
   async () => {
-    const help = await cli(["--help"]);
+    const [help, version, full] = await Promise.all([
+      sh('exec "$@"', ...denoRun(), "--help"),
+      sh('exec "$@"', ...denoRun(), "-V"),
+      sh('exec "$@" >/dev/full', ...denoRun(), "--help"),
+    ]);
     assertEquals([help.code, help.err], [0, ""]);
-    assertStringIncludes(help.out, "--greeting <text>");
-    const version = await cli(["-V"]);
+    assertStringIncludes(readme, `\`\`\`\n${help.out}\`\`\`\n`);
     assertEquals([version.code, version.err], [0, ""]);
     assertEquals(version.out, `${config.name} ${config.version}\n`);
+    assertEquals(full.code, 1);
+    assertMatch(
+      full.err,
+      /^Cannot write to standard output: No space[^\n]*\n$/,
+    );
   },
+  onLinux,
 );
 
 processTest("needs no more permission than its own address", async () => {
   const permission = "--allow-net=0.0.0.0:0";
   const server = await launch(["-H", "0.0.0.0"], { permission });
   assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
-  assertEquals(await server.stop(), {
-    code: 0,
-    last: "Stopped: 1 greeted, 0 failed",
-  });
+  assertEquals(await server.stop(), stopped(1));
 });
+
+processTest(
+  "is imported by path into a project of the strictest kind",
+  async () => {
+    const options = [
+      "allowUnreachableCode allowUnusedLabels".split(" ").map((
+        o,
+      ) => [o, false]),
+      ("erasableSyntaxOnly exactOptionalPropertyTypes isolatedDeclarations " +
+        "noFallthroughCasesInSwitch noImplicitOverride noImplicitReturns " +
+        "noPropertyAccessFromIndexSignature noUncheckedIndexedAccess " +
+        "noUnusedLocals noUnusedParameters strict verbatimModuleSyntax")
+        .split(" ").map((o) => [o, true]),
+    ].flat();
+    const compilerOptions = Object.fromEntries(options);
+    const path = new URL("server.ts", import.meta.url).pathname;
+    const program = (from: string) => `
+import { serve } from "${from}";
+await using server = serve({ hostname: "127.0.0.1", port: 0 });
+const conn = await Deno.connect({ port: server.addr.port });
+console.log(await new Response(conn.readable).text());
+`;
+    const { code, out, err } = await sh(
+      `dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cd "$dir" && cp "$2" . &&
+      printf %s "$3" >deno.json && printf %s "$4" >path.ts && printf %s "$5" >copy.ts &&
+      "$1" check server.ts path.ts copy.ts && "$1" run --allow-net path.ts &&
+      "$1" run --allow-net copy.ts && printf '{}' >deno.json &&
+      "$1" check server.ts path.ts copy.ts && "$1" run --allow-net copy.ts`,
+      Deno.execPath(),
+      path,
+      JSON.stringify({ compilerOptions }),
+      program(path),
+      program("./server.ts"),
+    );
+    assertEquals([code, out], [0, `${GREETING}\n`.repeat(3)], err);
+  },
+);
+
+// ========================= The command line: stopping =========================
 
 processTest(
   "lets open connections end when told to stop, and says what it waits for",
   async () => {
-    const server = await launch(["--timeout=0.5"]);
+    const server = await launch(["--timeout=20"]);
     using conn = await server.connect();
     await conn.read(new Uint8Array(100));
-    server.kill("SIGTERM");
+    const began = performance.now();
+    server.kill("SIGINT");
     await server.line(
-      /^Stopping: waiting for clients \(1 left\); a second signal stops at once$/,
+      /^Stopping: waiting for clients \(1 left\); a second signal ends it$/,
     );
-    assertEquals(await server.end(), {
-      code: 0,
-      last: "Stopped: 1 greeted, 0 failed",
-    });
+    assertEquals(await server.ended(), stopped(1));
+    assertLess(performance.now() - began, 10_000); // the timeout has not come
   },
 );
 
-processTest("stops within a second where clients only linger", async () => {
-  const server = await launch(["--timeout=20", "--verbose"]);
+processTest("is ended by a second signal as any process", async () => {
+  const args = ["--timeout=1000", "--greeting=-"];
+  const server = await launch(args, { stdin: LARGE });
   using conn = await server.connect();
-  const { port } = conn.localAddr as Deno.NetAddr;
-  await server.line(new RegExp(`:${port} greeted: 18 bytes, `)); // at once
-  const began = performance.now();
-  assertEquals(await server.stop("SIGINT"), {
-    code: 0,
-    last: "Stopped: 1 greeted, 0 failed",
-  });
-  assertLess(performance.now() - began, 10_000); // the timeout has not come
+  await conn.read(new Uint8Array(100));
+  server.kill("SIGINT");
+  await server.line(/^Stopping/);
+  let over = false;
+  const ended = server.ended().finally(() => over = true);
+  while (!over) { // it takes a second one from half a second later on
+    server.kill("SIGTERM");
+    await sleep(100);
+  }
+  const { code, signal, last } = await ended;
+  assertEquals([code, signal], [143, "SIGTERM"]);
+  assertMatch(last!, /^Stopping/);
 });
+
+processTest("takes one Ctrl-C for one, under deno task too", async () => {
+  const size = 20_000_000;
+  // On a terminal of its own, where Ctrl-C goes to all processes.
+  const task = `"${Deno.execPath()}" task start -p0 --greeting=-`;
+  const child = new Deno.Command("script", {
+    args: ["-qec", `head -c ${size} /dev/zero | ${task}`, "/dev/null"],
+    cwd: new URL(".", import.meta.url),
+    stdin: "piped",
+    stdout: "piped",
+  }).spawn();
+  const terminal = watch(child.stdout);
+  const keyboard = child.stdin.getWriter();
+  const [, port] = await terminal.line(LISTENING);
+  const conn = await Deno.connect({ port: Number(port) });
+  assertEquals(await conn.read(new Uint8Array(1)), 1);
+  await keyboard.write(new TextEncoder().encode("\x03"));
+  await terminal.line(/Stopping: /);
+  assertEquals((await receive(conn)).length, size - 1);
+  await terminal.line(/^Stopped: 1 greeted, 0 failed$/);
+  await keyboard.close();
+  await Promise.all([child.status, terminal.end]);
+}, onLinux);
+
+processTest("says when it reads the greeting from a terminal", async () => {
+  const command = [...denoRun("--allow-net"), "-p0", "--greeting=-"];
+  const child = new Deno.Command("script", {
+    args: ["-qec", `"${command.join('" "')}"`, "/dev/null"],
+    stdin: "piped",
+    stdout: "piped",
+  }).spawn();
+  const terminal = watch(child.stdout);
+  const keyboard = child.stdin.getWriter();
+  await terminal.line(/^Reading the greeting from the terminal; Ctrl-D /);
+  await keyboard.write(new TextEncoder().encode("Hello\n\x04"));
+  const [, port] = await terminal.line(LISTENING);
+  const conn = await Deno.connect({ port: Number(port) });
+  assertEquals(await receiveText(conn), "Hello\n");
+  await keyboard.write(new TextEncoder().encode("\x03"));
+  await terminal.line(/Stopped: 1 greeted, 0 failed$/);
+  await keyboard.close();
+  await Promise.all([child.status, terminal.end]);
+}, onLinux);
 
 processTest(
   "greets the clients that the kernel has connected, and then stops",
@@ -1684,49 +1708,60 @@ processTest(
     const server = await launch();
     await receive(await server.connect());
     server.kill("SIGSTOP");
-    const conns = await Promise.all(
-      Array.from({ length: 500 }, server.connect),
-    );
+    const conns = await times(500, server.connect);
     server.kill("SIGCONT");
     server.kill("SIGTERM");
     const texts = await Promise.all(conns.map(receiveText));
     assertEquals(texts, Array(500).fill(GREETING));
-    assertEquals(await server.end(), {
-      code: 0,
-      last: "Stopped: 501 greeted, 0 failed",
-    });
+    assertEquals(await server.ended(), stopped(501));
     await assertRejects(server.connect, Deno.errors.ConnectionRefused);
   },
 );
 
-processTest("stops at once on a second signal", async () => {
-  for (
-    const [first, second, expected] of [
-      ["SIGINT", "SIGINT", 130],
-      ["SIGINT", "SIGTERM", 143],
-    ] as const
-  ) {
-    const server = await launch(["--timeout=1000", "--greeting=-"], {
-      stdin: LARGER_THAN_BUFFERS,
-    });
-    using conn = await server.connect();
-    await conn.read(new Uint8Array(100));
-    server.kill(first);
-    await server.line(/^Stopping/);
-    server.kill(second);
-    assertEquals(await server.end(), {
-      code: expected,
-      last: "Stopped: 0 greeted, 1 failed",
-    });
-  }
-});
+for (const act of ["send", "leave"] as const) {
+  processTest(
+    `greets clients that stand behind a thousand that ${act}, and then stops`,
+    async () => {
+      const server = await launch();
+      const greeted = await times(1000, server.connect);
+      for (const conn of greeted) await conn.read(new Uint8Array(100));
+      server.kill("SIGSTOP");
+      for (const conn of greeted) {
+        if (act === "send") await conn.write(new Uint8Array(100));
+        else conn.close();
+      }
+      const waiting = await times(200, server.connect);
+      server.kill("SIGCONT");
+      server.kill("SIGTERM");
+      const texts = await Promise.all(waiting.map(receiveText));
+      assertEquals(texts, Array(200).fill(GREETING));
+      if (act === "send") greeted.forEach((conn) => conn.close());
+      assertEquals(await server.ended(), stopped(1200));
+    },
+  );
+}
+
+processTest(
+  "cuts nobody off for time in which it was suspended itself",
+  async () => {
+    const args = ["--timeout=2", "--greeting=-"];
+    const server = await launch(args, { stdin: LARGE });
+    const conn = await server.connect();
+    const beginning = new Uint8Array(100);
+    await conn.read(beginning);
+    server.kill("SIGSTOP");
+    await sleep(2500);
+    server.kill("SIGCONT");
+    assertEquals((await receive(conn)).length, LARGE.length - 100);
+    assertEquals(await server.stop(), stopped(1));
+  },
+);
 
 /** Clients that come again and again, `size` of them at once. */
 function crowd(size: number, connect: () => Promise<Deno.Conn>) {
   /** What they were sent, and how often; no entry for being turned away. */
   const sent: Record<string, number> = {};
-  let total = 0;
-  let goal = { number: Infinity, reached: () => {} };
+  const open = new Set<Deno.Conn>();
   let going = true;
   async function client() {
     const buffer = new Uint8Array(100);
@@ -1734,34 +1769,44 @@ function crowd(size: number, connect: () => Promise<Deno.Conn>) {
       let text = "";
       try {
         using conn = await connect();
+        open.add(conn);
         for (let n; (n = await conn.read(buffer)) !== null;) {
           text += decode(buffer.subarray(0, n));
         }
+        open.delete(conn);
       } catch {
         // Refused, or reset in the queue; but not in the midst of a greeting.
         if (text === "") continue;
       }
       sent[text] = (sent[text] ?? 0) + 1;
-      if (++total === goal.number) goal.reached();
     }
   }
-  const clients = Array.from({ length: size }, client);
+  const clients = Promise.all(Array.from({ length: size }, client));
+  const total = () => Object.values(sent).reduce((a, b) => a + b, 0);
   return {
     sent,
     /** Waits until so many more were sent something. */
-    more: (number: number) =>
-      new Promise<void>((reached) =>
-        goal = { number: total + number, reached }
-      ),
+    async more(number: number) {
+      const goal = total() + number;
+      await until(() => total() >= goal);
+    },
+    /**
+     * Ends it, when all servers have ended. The kernel may have forgotten a client
+     * that came as a listener was closed: that one would wait for ever.
+     */
     async leave() {
       going = false;
-      await Promise.all(clients);
+      const timer = setTimeout(() => {
+        for (const conn of open) conn[Symbol.dispose]();
+      }, 2000);
+      await clients;
+      clearTimeout(timer);
     },
   };
 }
 
 /** A server ended well, and counted no fewer than its clients did. */
-function assertLostNobody(end: { code: number; last?: string }, sent: number) {
+function assertLostNobody(end: { code: number; last?: string }, sent = NaN) {
   const count = /^Stopped: (\d+) greeted, 0 failed$/.exec(end.last!);
   assertGreaterOrEqual(Number(count?.[1]), sent);
   assertEquals(end.code, 0);
@@ -1776,42 +1821,55 @@ processTest(
     const end = await server.stop();
     await clients.leave();
     assertEquals(Object.keys(clients.sent), [GREETING]);
-    assertLostNobody(end, clients.sent[GREETING]!);
+    assertLostNobody(end, clients.sent[GREETING]);
   },
 );
+
+processTest("shares a port between processes with --reuse-port", async () => {
+  const args = ["--reuse-port", "--timeout=1"];
+  const first = await launch([...args, "--greeting=first"]);
+  const port = first.nc.split(" ").at(-1);
+  const second = await launch([...args, "--greeting=second", `--port=${port}`]);
+  const clients = crowd(32, first.connect);
+  const { sent } = clients;
+  await until(() => sent["first\n"]! > 100 && sent["second\n"]! > 100);
+  const ends = [await first.stop()]; // in their midst
+  await clients.more(200);
+  ends.push(await second.stop());
+  await clients.leave();
+  assertLostNobody(ends[0]!, sent["first\n"]);
+  assertLostNobody(ends[1]!, sent["second\n"]);
+  assertEquals(Object.keys(sent).sort(), ["first\n", "second\n"]);
+}, onLinux);
+
+// ====================== The command line: its surroundings ======================
 
 processTest(
   "lives through a want of file descriptors, and greets all in the end",
   async () => {
     const began = performance.now();
     const server = await launch(["--timeout=20"], { limit: "ulimit -n 64;" });
-    const conns = await Promise.all(
-      Array.from({ length: 200 }, server.connect),
-    );
+    const conns = await times(200, server.connect);
     for (const conn of conns) { // they read, but never close
       assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
     }
-    assertEquals(await server.stop(), {
-      code: 0,
-      last: "Stopped: 200 greeted, 0 failed",
-    });
+    assertEquals(await server.stop(), stopped(200));
     conns.forEach((conn) => conn.close());
-    const complaints = server.lines.filter((line) =>
-      line.startsWith("Cannot accept")
+    const complaints = server.lines().filter((line) =>
+      /^Cannot accept, trying again: Too many open files/.test(line)
     );
-    assertMatch(complaints[0]!, /^Cannot accept.*Too many open files/);
-    assertLessOrEqual(
-      complaints.length,
-      1 + (performance.now() - began) / 1000,
-    );
+    assertGreater(complaints.length, 0);
+    // One a second.
+    assertLess(complaints.length, 2 + (performance.now() - began) / 1000);
   },
 );
 
 processTest(
   "holds waiting clients in little memory, and gives every descriptor back",
   async () => {
-    const clients = 2000;
-    const server = await launch(["--timeout=3"]);
+    const clients = 1000;
+    const args = ["--timeout=4", "--greeting=-"];
+    const server = await launch(args, { stdin: LARGE });
     const figures = async () => {
       const { out } = await sh(
         `awk '/VmRSS/ { print $2 }' /proc/${server.pid}/status; ls /proc/${server.pid}/fd | wc -l`,
@@ -1819,46 +1877,94 @@ processTest(
       const [kilobytes = NaN, descriptors = NaN] = out.split("\n").map(Number);
       return { kilobytes, descriptors };
     };
-    for (let i = 0; i < 500; i++) await receive(await server.connect()); // warm up
+    const { descriptors } = await figures();
+    await times(500, async () => (await server.connect()).close()); // warms it up
+    while ((await figures()).descriptors > descriptors);
     const before = await figures();
-    const conns = await Promise.all(
-      Array.from({ length: clients }, server.connect),
-    );
+    const conns = await times(clients, server.connect);
     for (const conn of conns) await conn.read(new Uint8Array(100));
     const during = await figures();
-    assertEquals(during.descriptors - before.descriptors, clients);
-    assertLess((during.kilobytes - before.kilobytes) / clients, 10);
-    // They never close: the server does, at the deadline.
-    while ((await figures()).descriptors > before.descriptors);
-    assertEquals((await figures()).descriptors, before.descriptors);
+    assertEquals(during.descriptors - descriptors, clients);
+    assertLess((during.kilobytes - before.kilobytes) / clients, 20);
+    // They never take the rest: the server closes at the deadline.
+    while ((await figures()).descriptors > descriptors);
     conns.forEach((conn) => conn.close());
     assertEquals((await server.stop()).code, 0);
   },
-  ignore || Deno.build.os !== "linux",
+  onLinux,
 );
 
-processTest("shares a port between processes with --reuse-port", async () => {
-  const first = await launch([
-    "--reuse-port",
-    "--greeting=first",
-    "--timeout=1",
-  ]);
-  const port = first.nc.split(" ").at(-1);
-  const args = ["--reuse-port", "--greeting=second", `--port=${port}`];
-  const second = await launch(args);
-  const clients = crowd(32, first.connect);
-  const { sent } = clients;
-  await clients.more(1000);
-  assertGreater(sent["first\n"]!, 100);
-  assertGreater(sent["second\n"]!, 100);
+/** Greets `count` clients, 50 at once. */
+async function greetMany(connect: () => Promise<Deno.Conn>, count: number) {
+  for (let i = 0; i < count; i += 50) {
+    const texts = await times(50, async () => receiveText(await connect()));
+    assertEquals(texts, Array(50).fill(GREETING));
+  }
+}
 
-  const end = await first.stop(); // in their midst
-  await clients.more(200);
-  await clients.leave();
-  assertLostNobody(end, sent["first\n"]!);
-  assertLostNobody(await second.stop(), sent["second\n"]!);
-  assertEquals(Object.keys(sent).sort(), ["first\n", "second\n"]);
-}, ignore || Deno.build.os !== "linux");
+processTest("writes every line of a log that is read", async () => {
+  const server = await launch(["--verbose"]);
+  await greetMany(server.connect, 3000);
+  assertEquals(await server.stop(), stopped(3000));
+  assertEquals(server.lines().length, 3002);
+});
+
+processTest(
+  "greets on and stops while the reader of its log stalls",
+  async () => {
+    const child = new Deno.Command("sh", {
+      args: ["-c", 'exec "$@"', "sh", ...denoRun("--allow-net"), "-p0", "-v"],
+      stderr: "piped",
+    }).spawn();
+    const reader = child.stderr.getReader();
+    const { value } = await reader.read(); // and no more
+    const [, port] = LISTENING.exec(decode(value!).trim())!;
+    await greetMany(() => Deno.connect({ port: Number(port) }), 4000);
+    child.kill("SIGTERM");
+    assertEquals((await child.status).code, 0);
+    await reader.cancel();
+  },
+);
+
+for (const where of ["/dev/full", "&-"]) {
+  processTest(
+    `greets on and stops where its log goes to ${where}`,
+    async () => {
+      // The port is printed nowhere: one that was free a moment ago.
+      using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+      const { port } = listener.addr as Deno.NetAddr;
+      listener.close();
+      const command = [...denoRun("--allow-net"), "-v", `-p${port}`];
+      const child = new Deno.Command("sh", {
+        args: ["-c", `exec "$@" 2>${where}`, "sh", ...command],
+      }).spawn();
+      let conn: Deno.Conn | undefined;
+      while (!conn) conn = await Deno.connect({ port }).catch(() => undefined);
+      assertEquals(await receiveText(conn), GREETING);
+      await greetMany(() => Deno.connect({ port }), 100);
+      child.kill("SIGTERM");
+      assertEquals((await child.status).code, 0);
+    },
+    onLinux,
+  );
+}
+
+processTest(
+  "greets on and stops when the reader of its log has gone",
+  async () => {
+    const child = new Deno.Command("sh", {
+      args: ["-c", 'exec "$@"', "sh", ...denoRun("--allow-net"), "-p0", "-v"],
+      stderr: "piped",
+    }).spawn();
+    const reader = child.stderr.getReader();
+    const { value } = await reader.read();
+    const [, port] = LISTENING.exec(decode(value!).trim())!;
+    await reader.cancel();
+    await greetMany(() => Deno.connect({ port: Number(port) }), 100);
+    child.kill("SIGTERM");
+    assertEquals((await child.status).code, 0);
+  },
+);
 
 // ================================= Benchmarks =================================
 
