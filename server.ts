@@ -118,7 +118,7 @@ class Server implements GreetingServer {
   #nextGroup: (() => void)[] = [];
   /** Accepts, reads and writes that have completed: a stop waits till none does. */
   #completed = 0;
-  /** Whether the accept loop waits for something else than the next client. */
+  /** Whether the accept loop waits for room or descriptors, not for a client. */
   #paused = false;
   /** Tells who waits for a connection to end that one has. */
   #wake = () => {};
@@ -173,17 +173,6 @@ class Server implements GreetingServer {
     }
   }
 
-  /** Lets the accept loop wait. */
-  async #pause(until: Promise<void>) {
-    this.#paused = true;
-    await until;
-    this.#paused = false;
-  }
-
-  #connectionEnds(): Promise<void> {
-    return new Promise((resolve) => this.#wake = resolve);
-  }
-
   /** Steps 6 and 7: the life of a connection. */
   async #serve(conn: Deno.TcpConn) {
     const { greeting, timeout, signal } = this.#settings;
@@ -217,49 +206,6 @@ class Server implements GreetingServer {
       this.#close(connection);
     } catch (error) {
       this.#close(connection, error);
-    }
-  }
-
-  /** Begins a connection's life, and its deadline. */
-  #enter(conn: Deno.TcpConn): Connection {
-    const connection: Connection = {
-      conn,
-      state: "greeting",
-      ticks: this.#ticksFor(this.#settings.timeout),
-      index: this.#open.length,
-      accepted: performance.now(),
-      bytes: 0,
-    };
-    this.#open.push(connection);
-    this.#ticker ??= setInterval(() => this.#countDown(), this.#tick);
-    return connection;
-  }
-
-  /**
-   * Writes what the kernel takes at once. First writes go in closed groups: who
-   * comes while one is being written goes with the next. All at once would be
-   * unfair, as the runtime polls only so many operations a turn and some would
-   * wait for seconds, and to hold accept() back meanwhile would let the kernel's
-   * queue overflow. A first write goes into an empty buffer and waits for no
-   * client; if the kernel has no memory for it, its deadline bounds the group.
-   */
-  async #firstWrite(conn: Deno.TcpConn, message: Uint8Array): Promise<number> {
-    if (this.#writing > 0) {
-      await new Promise<void>((start) => this.#nextGroup.push(start));
-    } else {
-      this.#writing = 1;
-    }
-    try {
-      return await conn.write(message);
-    } finally {
-      this.#completed++;
-      this.#writing--;
-      if (this.#writing === 0) {
-        const group = this.#nextGroup;
-        this.#nextGroup = [];
-        this.#writing = group.length;
-        for (const start of group) start();
-      }
     }
   }
 
@@ -298,37 +244,6 @@ class Server implements GreetingServer {
     if (state === "greeting") this.#report(connection, toError(reason));
   }
 
-  /** Tells how greeting a client went. */
-  #report({ conn, bytes, accepted }: Connection, error?: Error) {
-    const milliseconds = performance.now() - accepted;
-    const remoteAddr = clientOf(conn);
-    const outcome = { remoteAddr, bytes, milliseconds, error };
-    notify(this.#settings.onOutcome, outcome);
-  }
-
-  /**
-   * The ticks in which a time has passed for certain, though the first comes at
-   * any moment. Deadlines are no times of the clock, so that a process that was
-   * suspended cuts nobody off for time that it slept itself.
-   */
-  #ticksFor(milliseconds: number): number {
-    return Math.ceil(milliseconds / this.#tick) + 1;
-  }
-
-  /** A tick: who has none left is cut off. */
-  #countDown() {
-    for (const connection of [...this.#open]) {
-      connection.ticks--;
-      if (connection.ticks > 0) continue;
-      const { timeout } = this.#settings;
-      const late = new Deno.errors.TimedOut(`not greeted in ${timeout} ms`);
-      this.#close(connection, late);
-    }
-    if (this.#open.length > 0) return;
-    clearInterval(this.#ticker);
-    this.#ticker = undefined;
-  }
-
   /** Step 8: shut the server down. A field, so that it can be handed on alone. */
   readonly shutdown = (): Promise<void> => {
     this.#stopping ??= this.#closeListener();
@@ -360,9 +275,96 @@ class Server implements GreetingServer {
   };
 
   readonly [Symbol.asyncDispose] = this.shutdown;
+
+  // ------- What the steps take for granted: waiting, groups, deadlines -------
+
+  /** Lets the accept loop wait. */
+  async #pause(until: Promise<void>) {
+    this.#paused = true;
+    await until;
+    this.#paused = false;
+  }
+
+  #connectionEnds(): Promise<void> {
+    return new Promise((resolve) => this.#wake = resolve);
+  }
+
+  /**
+   * Writes what the kernel takes at once. First writes go in closed groups: who
+   * comes while one is being written goes with the next. All at once would be
+   * unfair, as the runtime polls only so many operations a turn and some would
+   * wait for seconds, and to hold accept() back meanwhile would let the kernel's
+   * queue overflow. A first write goes into an empty buffer and waits for no
+   * client; if the kernel has no memory for it, its deadline bounds the group.
+   */
+  async #firstWrite(conn: Deno.TcpConn, message: Uint8Array): Promise<number> {
+    if (this.#writing > 0) {
+      await new Promise<void>((start) => this.#nextGroup.push(start));
+    } else {
+      this.#writing = 1;
+    }
+    try {
+      return await conn.write(message);
+    } finally {
+      this.#completed++;
+      this.#writing--;
+      if (this.#writing === 0) {
+        const group = this.#nextGroup;
+        this.#nextGroup = [];
+        this.#writing = group.length;
+        for (const start of group) start();
+      }
+    }
+  }
+
+  /** Begins a connection's life, and its deadline. */
+  #enter(conn: Deno.TcpConn): Connection {
+    const connection: Connection = {
+      conn,
+      state: "greeting",
+      ticks: this.#ticksFor(this.#settings.timeout),
+      index: this.#open.length,
+      accepted: performance.now(),
+      bytes: 0,
+    };
+    this.#open.push(connection);
+    this.#ticker ??= setInterval(() => this.#countDown(), this.#tick);
+    return connection;
+  }
+
+  /**
+   * The ticks in which a time has passed for certain, though the first comes at
+   * any moment. Deadlines are no times of the clock, so that a process that was
+   * suspended cuts nobody off for time that it slept itself.
+   */
+  #ticksFor(milliseconds: number): number {
+    return Math.ceil(milliseconds / this.#tick) + 1;
+  }
+
+  /** A tick: who has none left is cut off. */
+  #countDown() {
+    for (const connection of [...this.#open]) {
+      connection.ticks--;
+      if (connection.ticks > 0) continue;
+      const { timeout } = this.#settings;
+      const late = new Deno.errors.TimedOut(`not greeted in ${timeout} ms`);
+      this.#close(connection, late);
+    }
+    if (this.#open.length > 0) return;
+    clearInterval(this.#ticker);
+    this.#ticker = undefined;
+  }
+
+  /** Tells how greeting a client went. */
+  #report({ conn, bytes, accepted }: Connection, error?: Error) {
+    const milliseconds = performance.now() - accepted;
+    const remoteAddr = clientOf(conn);
+    const outcome = { remoteAddr, bytes, milliseconds, error };
+    notify(this.#settings.onOutcome, outcome);
+  }
 }
 
-// ===================== What the steps take for granted =====================
+// ============================== Small helpers ==============================
 
 function sleep(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -385,7 +387,7 @@ function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
 
 function toError(reason: unknown): Error {
   if (reason instanceof Error) return reason;
-  return new Error(Deno.inspect(reason), { cause: reason });
+  return new Error("what was thrown is no Error", { cause: reason });
 }
 
 /** A copy, so that later changes of the original change nothing. */
