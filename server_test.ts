@@ -1534,6 +1534,7 @@ it("lets open connections end when told to stop, and says what it waits for", as
   await server.line(
     /^Stopping: waiting for clients \(1 left\); a second signal ends it$/,
   );
+  server.kill("SIGINT"); // so soon it is the same one, as under deno task
   assertEquals(await server.ended(), stopped(1));
   assertLess(performance.now() - began, 10_000); // the timeout has not come
 });
@@ -1760,7 +1761,8 @@ it("writes every line of a log that is read", async () => {
   const server = await launch(["--verbose"]);
   await greetMany(server.connect, 3000);
   assertEquals(await server.stop(), stopped(3000));
-  assertEquals(server.lines().length, 3002);
+  const greeted = server.lines().filter((line) => / greeted: 18 /.test(line));
+  assertEquals(greeted.length, 3000);
 });
 
 for (
