@@ -742,6 +742,7 @@ test("shutdown() accepts no more, lets open connections end, and can be called a
   assertEquals([server.connections, whole.length], [0, 1]);
   const { hostname, port } = server.addr; // which are free again
   await serve({ hostname, port }).shutdown();
+  await server.shutdown(); // for which nothing is left to do
 });
 
 for (
@@ -818,6 +819,22 @@ for (
     await shut;
   });
 }
+
+test("shutdown() goes on accepting as long as somebody comes", async () => {
+  using _ = replaceAccept((accept) => sleep(2).then(accept)); // one by one
+  let calls = 0;
+  const all = Promise.withResolvers<string>();
+  const { server } = start({
+    greeting() {
+      if (++calls === 10) all.resolve(GREETING);
+      return all.promise;
+    },
+  });
+  const waiting = await times(10, () => connect(server));
+  const shut = server.shutdown();
+  await assertAllGreeted(waiting);
+  await shut;
+});
 
 test("shutdown() is not held up by a flood for longer than the timeout", async () => {
   const clients: Promise<unknown>[] = [];
@@ -1542,7 +1559,8 @@ it("lets open connections end when told to stop, and says what it waits for", as
 it("is ended by a second signal as any process", async () => {
   const args = ["--timeout=1000", "--greeting=-"];
   const server = await launch(args, { stdin: LARGE });
-  using _conn = await server.connect();
+  using conn = await server.connect();
+  await conn.read(new Uint8Array(100));
   let over = false;
   const ended = server.ended().finally(() => over = true);
   while (!over) { // it takes a second one from half a second later on
