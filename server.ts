@@ -699,7 +699,13 @@ async function writeLog() {
 async function write(stream: typeof Deno.stderr, text: string) {
   const bytes = new TextEncoder().encode(text);
   for (let written = 0; written < bytes.length;) {
-    written += await stream.write(bytes.subarray(written));
+    try {
+      written += await stream.write(bytes.subarray(written));
+    } catch (error) {
+      // A pipe that another program has made non-blocking is full.
+      if (!(error instanceof Deno.errors.WouldBlock)) throw error;
+      await sleep(10);
+    }
   }
 }
 

@@ -1783,6 +1783,30 @@ it("writes every line of a log that is read", async () => {
   assertEquals(greeted.length, 3000);
 });
 
+/** Starts the command line with `script`, where no log tells its port. */
+async function launchUnheard(script: string) {
+  const listener = Deno.listen({ port: 0 }); // one that was free a moment ago
+  const { port } = listener.addr as Deno.NetAddr;
+  listener.close();
+  const child = new Deno.Command("sh", {
+    args: [
+      "-c",
+      `f=$(mktemp -u); ${script}`,
+      "sh",
+      ...denoRun(ANY),
+      "-v",
+      `-p${port}`,
+    ],
+    stdin: "piped",
+    stdout: "piped",
+  }).spawn();
+  const connect = () => Deno.connect({ port });
+  let conn: Deno.Conn | undefined;
+  while (!conn) conn = await connect().catch(() => undefined);
+  await assertAllGreeted([conn]);
+  return { child, connect };
+}
+
 for (
   const [what, script] of [
     ["is closed", 'exec "$@" 2>&-'],
@@ -1792,22 +1816,31 @@ for (
   ] as const
 ) {
   it(`greets on and stops while the reader of its log ${what}`, async () => {
-    // The port is printed nowhere: one that was free a moment ago.
-    const listener = Deno.listen({ port: 0 });
-    const { port } = listener.addr as Deno.NetAddr;
-    listener.close();
-    const command = [...denoRun(ANY), "-v", `-p${port}`];
-    const child = new Deno.Command("sh", {
-      args: ["-c", `f=$(mktemp -u); ${script}`, "sh", ...command],
-    }).spawn();
-    let conn: Deno.Conn | undefined;
-    while (!conn) conn = await Deno.connect({ port }).catch(() => undefined);
-    await assertAllGreeted([conn]);
-    await greetMany(() => Deno.connect({ port }), 3000);
+    const { child, connect } = await launchUnheard(script);
+    await child.stdin.close();
+    await greetMany(connect, 3000);
     child.kill("SIGTERM");
-    assertEquals((await child.status).code, 0);
+    assertEquals((await child.output()).code, 0);
   });
 }
+
+it("writes every line of a log that is read late, where that is non-blocking", async () => {
+  // A line of standard input, and what is in the FIFO comes to standard output.
+  const { child, connect } = await launchUnheard(
+    `mkfifo $f; exec 4<&0; (exec 3<$f; rm $f; read go <&4; exec cat <&3) &
+    exec perl -MFcntl -e 'fcntl(STDERR, F_SETFL, O_WRONLY | O_NONBLOCK); exec @ARGV' "$@" 2>$f`,
+  );
+  await greetMany(connect, 3000);
+  const log = watch(child.stdout);
+  const writer = child.stdin.getWriter();
+  await writer.write(new TextEncoder().encode("go\n"));
+  await until(() => log.lines().length === 3002); // with "Listening"
+  child.kill("SIGTERM");
+  await log.line(/^Stopped: 3001 greeted, 0 failed$/);
+  await writer.close();
+  assertEquals((await child.status).code, 0);
+  await log.end;
+});
 
 // ================================= Benchmarks =================================
 
