@@ -62,9 +62,9 @@ export function serve(options: ServeOptions = {}): GreetingServer {
 // ========= Steps 5 to 8: accept, read and write, close, shut down =========
 
 /**
- * How long a greeted client may take to close its side, in milliseconds, or
- * `timeout` if that is less. What it has sent may still be on its way, and would
- * meet a closed socket with a reset; but nobody waits for it for long.
+ * How long a greeted client may take to close its side, in milliseconds; if that
+ * is less, the `timeout`. To close at once would reset who is still sending, and
+ * to wait for long would keep a place from others.
  */
 const LINGER = 1000;
 
@@ -72,9 +72,9 @@ const LINGER = 1000;
 const ACCEPT_RETRY = 10;
 
 /**
- * So many turns of the event loop in a row without an event tell that the
- * kernel's queue is empty. One does not: its timers may come before its I/O, and
- * accept() may have to wait for its own behind that of thousands.
+ * A stop takes the kernel's queue for empty when in so many turns of the event
+ * loop nothing has happened. One turn is no proof: its timers come before its I/O,
+ * and where thousands of operations are ready, accept() has to wait for its turn.
  */
 const QUIET_TURNS = 3;
 
@@ -94,7 +94,7 @@ interface Connection {
   /** Its place in the list of open connections. */
   index: number;
   /** When it was accepted, on the clock of `performance.now()`. */
-  readonly accepted: number;
+  readonly acceptedAt: number;
   /** Bytes of its greeting that the kernel has taken. */
   bytes: number;
 }
@@ -112,17 +112,17 @@ class Server implements GreetingServer {
   #open: Connection[] = [];
   /** The timer that ticks while there are any. */
   #ticker?: ReturnType<typeof setInterval> | undefined;
-  /** First writes in flight: what is left of a group. */
+  /** How many first writes of the present group are in flight. */
   #writing = 0;
-  /** Starts each of the first writes that wait for that group. */
+  /** What starts each first write of the next group. */
   #nextGroup: (() => void)[] = [];
-  /** Accepts, reads and writes that have completed: a stop waits till none does. */
+  /** How many accepts, reads and writes have completed: a stop watches it. */
   #completed = 0;
-  /** Whether the accept loop waits for room or descriptors, not for a client. */
+  /** Whether the accept loop waits for room or descriptors, and not in accept(). */
   #paused = false;
-  /** Tells who waits for a connection to end that one has. */
+  /** Called when a connection has ended: wakes what waits for that. */
   #wake = () => {};
-  /** The way to the closed listener, once a stop was asked for. */
+  /** Since a stop was asked for: resolves when the listener is closed. */
   #stopping?: Promise<void>;
 
   constructor(listener: Deno.TcpListener, settings: Settings) {
@@ -143,7 +143,7 @@ class Server implements GreetingServer {
     await this.#accept();
     while (this.#open.length > 0) await this.#connectionEnds();
     await this.#stopping;
-    await sleep(0); // for those that were cut off to hear of it
+    await sleep(0); // what was cut off has yet to reject
     clearInterval(this.#ticker);
     this.#settings.signal?.removeEventListener("abort", this.#abort);
   }
@@ -278,7 +278,7 @@ class Server implements GreetingServer {
 
   // ------- What the steps take for granted: waiting, groups, deadlines -------
 
-  /** Lets the accept loop wait. */
+  /** Lets the accept loop wait for something else than a client. */
   async #pause(until: Promise<void>) {
     this.#paused = true;
     await until;
@@ -290,12 +290,13 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Writes what the kernel takes at once. First writes go in closed groups: who
-   * comes while one is being written goes with the next. All at once would be
-   * unfair, as the runtime polls only so many operations a turn and some would
-   * wait for seconds, and to hold accept() back meanwhile would let the kernel's
-   * queue overflow. A first write goes into an empty buffer and waits for no
-   * client; if the kernel has no memory for it, its deadline bounds the group.
+   * Writes what the kernel takes at once. First writes go in groups: who comes
+   * while one group is being written goes with the next. Each at its own time
+   * would be unfair: the runtime polls only so many operations a turn, and some
+   * would wait for seconds. To hold accept() back instead would let the kernel's
+   * queue overflow. A group is short: a first write goes into an empty buffer and
+   * waits for no client. Where the kernel lacks the memory, the deadlines of the
+   * group's connections bound it.
    */
   async #firstWrite(conn: Deno.TcpConn, message: Uint8Array): Promise<number> {
     if (this.#writing > 0) {
@@ -324,7 +325,7 @@ class Server implements GreetingServer {
       state: "greeting",
       ticks: this.#ticksFor(this.#settings.timeout),
       index: this.#open.length,
-      accepted: performance.now(),
+      acceptedAt: performance.now(),
       bytes: 0,
     };
     this.#open.push(connection);
@@ -333,9 +334,9 @@ class Server implements GreetingServer {
   }
 
   /**
-   * The ticks in which a time has passed for certain, though the first comes at
-   * any moment. Deadlines are no times of the clock, so that a process that was
-   * suspended cuts nobody off for time that it slept itself.
+   * How many ticks take at least so long, though the first may come at once.
+   * Deadlines are counted and not read off the clock: a process that was suspended
+   * has not ticked, and cuts nobody off for time that it slept itself.
    */
   #ticksFor(milliseconds: number): number {
     return Math.ceil(milliseconds / this.#tick) + 1;
@@ -356,8 +357,8 @@ class Server implements GreetingServer {
   }
 
   /** Tells how greeting a client went. */
-  #report({ conn, bytes, accepted }: Connection, error?: Error) {
-    const milliseconds = performance.now() - accepted;
+  #report({ conn, bytes, acceptedAt }: Connection, error?: Error) {
+    const milliseconds = performance.now() - acceptedAt;
     const remoteAddr = clientOf(conn);
     const outcome = { remoteAddr, bytes, milliseconds, error };
     notify(this.#settings.onOutcome, outcome);
@@ -484,7 +485,11 @@ export interface GreetingServer extends AsyncDisposable {
   shutdown(): Promise<void>;
 }
 
-/** What {@linkcode serve} takes for an option that is left out. */
+/**
+ * What {@linkcode serve} takes for an option that is left out.
+ *
+ * @ignore
+ */
 const DEFAULTS = {
   hostname: "0.0.0.0",
   port: 9000,
