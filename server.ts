@@ -570,6 +570,9 @@ Usage: deno run --allow-net server.ts [options]
   -V, --version              print the version
 `;
 
+/** Letter, name, and whether it takes a value, of each flag in the help. */
+const FLAGS = [...HELP.matchAll(/-(\w), --(\S+)( <)?/g)];
+
 /** What parseArgs() finds. */
 type Values = Record<string, unknown>;
 
@@ -584,16 +587,11 @@ export async function parseFlags(args: string[]): Promise<
   typeof DEFAULTS & { verbose: boolean; help: boolean; version: boolean }
 > {
   const { parseArgs } = await import("@std/cli/parse-args");
-  const alias: Record<string, string> = {};
-  const string: string[] = []; // the others not as boolean, or -v=no is true
-  for (const [, letter, flag, value] of HELP.matchAll(/-(\w), --(\S+)( <)?/g)) {
-    alias[letter!] = flag!;
-    if (value) string.push(flag!);
-  }
   const unknown = args.filter((arg) => /^-[^-=][^=]+=/.test(arg)); // -gno=yes
   const { _: words, ...values } = parseArgs(args, {
-    alias,
-    string,
+    alias: Object.fromEntries(FLAGS.map(([, letter, flag]) => [letter, flag!])),
+    // No switch is declared as boolean, or --verbose=no would be true.
+    string: FLAGS.flatMap(([, , flag, value]) => value ? [flag!] : []),
     unknown: (arg: string) => {
       unknown.push(arg);
       return false;

@@ -461,6 +461,15 @@ for (const [timeout, atLeast] of [[200, 200], [20_000, 1000]] as const) {
   });
 }
 
+test("serve() lets a greeted client linger no longer than its timeout", async () => {
+  await using longer = start({ timeout: 20_000 }).server;
+  await using shorter = start({ timeout: 200 }).server;
+  using _first = await connectAndStay(longer);
+  using _second = await connectAndStay(shorter);
+  await until(() => shorter.connections === 0);
+  assertEquals(longer.connections, 1);
+});
+
 test("serve() closes a client that sends for ever, and greets others meanwhile", async () => {
   const { server, errors } = start({ timeout: 500 });
   using conn = await connect(server);
