@@ -1,27 +1,27 @@
 /**
  * A TCP server that writes a greeting to every client and closes the connection.
  *
- * Run it, and be its client from another terminal:
+ * Run it, and connect to it from another terminal:
  *
  * ```sh
  * deno run --allow-net server.ts
  * nc localhost 9000
  * ```
  *
- * Or import {@linkcode serve}; many a classic service is one line of it:
+ * Or import {@linkcode serve}. Each of these three servers takes one line:
  *
- * ```ts
+ * ```ts ignore
  * import { serve } from "./server.ts";
  *
- * // Quote of the day (RFC 865), daytime (RFC 867), what is my address.
- * await using quote = serve({ port: 0, greeting: "Less is more.\r\n" });
- * await using time = serve({ port: 0, greeting: () => `${new Date()}\r\n` });
- * await using you = serve({ port: 0, greeting: (a) => `${a.hostname}\n` });
+ * // Quote of the day (RFC 865), the time (RFC 867), and the client's address.
+ * serve({ port: 9017, greeting: "Less is more.\r\n" });
+ * serve({ port: 9013, greeting: () => `${new Date()}\r\n` });
+ * serve({ port: 9001, greeting: (client) => `${client.hostname}\n` });
  * ```
  *
- * This file tells the eight steps of a socket server in their order: `serve()`
- * is the first four, the class `Server` the others. What comes after them is
- * what they take for granted, the options, and the command line.
+ * The file follows the eight steps of a socket server. `serve()` is steps 1 to
+ * 4, the class `Server` is steps 5 to 8. Below them come the mechanisms that the
+ * steps call, the options, and the command line.
  *
  * @module
  */
@@ -29,8 +29,8 @@
 // ============== Steps 1 to 4: socket, address, bind, listen ==============
 
 /**
- * Listens on TCP and greets every client until it is told to stop. Whatever a
- * client does, the others are greeted. Prints nothing.
+ * Starts a server that greets every client until it is told to stop. It prints
+ * nothing.
  *
  * @example A server and its client
  * ```ts
@@ -41,134 +41,83 @@
  * console.log(await new Response(conn.readable).text());
  * ```
  *
- * @throws {TypeError | RangeError} Names a bad option; nothing was opened.
- * @throws {Error} One of `Deno.errors`: the address cannot be listened on.
+ * @throws {TypeError} An option has the wrong type.
+ * @throws {RangeError} A number is out of its range.
+ * @throws {Deno.errors.AddrInUse} Another program listens on this address. Other
+ * errors of `Deno.listen` are thrown as well, such as
+ * `Deno.errors.AddrNotAvailable` and `Deno.errors.PermissionDenied`.
+ * @throws The reason of `signal`, if it is aborted already.
  */
 export function serve(options: ServeOptions = {}): GreetingServer {
   const settings = checkOptions(options);
   settings.signal?.throwIfAborted();
-  // One call does all four: socket(), with the family that the address has,
-  // bind() to the address, and listen(), from when on the kernel answers clients
-  // by itself and queues them.
-  const listener = Deno.listen({
-    hostname: settings.hostname,
-    port: settings.port,
-    tcpBacklog: settings.backlog,
-    reusePort: settings.reusePort,
-  });
-  return new Server(listener, settings);
+  // Deno.listen() makes all four steps. It creates the socket, with the family
+  // of the address (IPv4 or IPv6), binds the socket to the address, and listens.
+  // From then on the kernel connects clients and queues them for accept().
+  const { hostname, port, tcpBacklog, reusePort } = settings;
+  const address = { hostname, port, tcpBacklog, reusePort };
+  return new Server(Deno.listen(address), settings);
 }
 
 // ========= Steps 5 to 8: accept, read and write, close, shut down =========
 
-/**
- * How long a greeted client may take to close its side, in milliseconds; if that
- * is less, the `timeout`. To close at once would reset who is still sending, and
- * to wait for long would keep a place from others.
- */
-const LINGER = 1000;
-
-/** The pause after a failed accept(), in milliseconds. */
-const ACCEPT_RETRY = 10;
-
-/**
- * A stop takes the kernel's queue for empty when in so many turns of the event
- * loop nothing has happened. One turn is no proof: its timers come before its I/O,
- * and where thousands of operations are ready, accept() has to wait for its turn.
- */
-const QUIET_TURNS = 3;
-
-/** Where all that clients send is thrown. One is enough: nobody looks. */
-const SINK = new Uint8Array(262144);
-
-/** One side of a TCP connection, from accept() to close(). */
-interface Connection {
-  readonly conn: Deno.TcpConn;
-  /**
-   * `greeting`: its greeting is awaited or written. `lingering`: it has been
-   * greeted, and its client has not closed yet. `closed`: nothing more happens.
-   */
-  state: "greeting" | "lingering" | "closed";
-  /** How many more ticks it may stay in this state. */
-  ticks: number;
-  /** Its place in the list of open connections. */
-  index: number;
-  /** When it was accepted, on the clock of `performance.now()`. */
-  readonly acceptedAt: number;
-  /** Bytes of its greeting that the kernel has taken. */
-  bytes: number;
-}
-
-/** The state of a running server, then its steps in their order. */
+/** A running server. */
 class Server implements GreetingServer {
   readonly addr: Deno.NetAddr;
   readonly finished: Promise<void>;
   readonly #listener: Deno.TcpListener;
   readonly #settings: Settings;
-  /** The length of a tick, in milliseconds. */
-  readonly #tick: number;
-
-  /** The open connections, in no order. */
-  #open: Connection[] = [];
-  /** The timer that ticks while there are any. */
-  #ticker?: ReturnType<typeof setInterval> | undefined;
-  /** How many first writes of the present group are in flight. */
-  #writing = 0;
-  /** What starts each first write of the next group. */
-  #nextGroup: (() => void)[] = [];
-  /** How many accepts, reads and writes have completed: a stop watches it. */
-  #completed = 0;
-  /** Whether the accept loop waits for room or descriptors, and not in accept(). */
-  #paused = false;
-  /** Called when a connection has ended: wakes what waits for that. */
-  #wake = () => {};
-  /** Since a stop was asked for: resolves when the listener is closed. */
-  #stopping?: Promise<void>;
+  readonly #connections: Connections;
+  readonly #firstWrites = new WriteGroups();
+  readonly #queue = new QueueWatch();
+  readonly #stop = Promise.withResolvers<void>();
 
   constructor(listener: Deno.TcpListener, settings: Settings) {
     this.addr = listener.addr as Deno.NetAddr;
     this.#listener = listener;
     this.#settings = settings;
-    this.#tick = Math.min(250, Math.ceil(settings.timeout / 4));
+    this.#connections = new Connections(settings.timeout, this.#cutOff);
     settings.signal?.addEventListener("abort", this.#abort);
     this.finished = this.#run();
   }
 
   get connections(): number {
-    return this.#open.length;
+    return this.#connections.size;
   }
 
-  /** From the first accept() to the end of the last connection. */
+  /** The life of the server. */
   async #run() {
-    await this.#accept();
-    while (this.#open.length > 0) await this.#connectionEnds();
-    await this.#stopping;
-    await sleep(0); // what was cut off has yet to reject
-    clearInterval(this.#ticker);
+    const accepting = this.#accept();
+    await this.#stop.promise;
+    await this.#greetQueue();
+    this.#closeListener();
+    await accepting;
+    await this.#connections.allEnded();
     this.#settings.signal?.removeEventListener("abort", this.#abort);
   }
 
-  /** Step 5: accept, until the listener is closed. */
+  /** Step 5: accept clients until the listener is closed. */
   async #accept() {
+    const { maxConnections, onAcceptError } = this.#settings;
     while (true) {
       try {
         for await (const conn of this.#listener) {
-          this.#completed++;
           this.#serve(conn); // not awaited: clients are served side by side
-          while (this.#open.length >= this.#settings.maxConnections) {
-            await this.#pause(this.#connectionEnds());
+          this.#queue.answered(this.#connections.size);
+          if (this.#connections.size >= maxConnections) {
+            await this.#queue.pause(this.#connections.nextEnd());
           }
         }
         return;
       } catch (error) {
-        this.#completed++;
-        // A client that was gone before it was accepted is nobody's loss. A plain
-        // loop ends here, at any error; but the listener is as good as before.
-        if (error instanceof Deno.errors.NotConnected) continue;
-        if (error instanceof Deno.errors.ConnectionAborted) continue;
-        // Out of descriptors or memory, say. The client waits in the queue.
-        notify(this.#settings.onAcceptError, error as Error);
-        await this.#pause(sleep(ACCEPT_RETRY));
+        // An error of accept() ends the `for await` loop, but the listener still
+        // works. So the loop starts again.
+        this.#queue.answered(this.#connections.size);
+        if (clientHasLeft(error)) continue;
+        // The process may be out of file descriptors or memory. Meanwhile the
+        // client waits in the kernel's queue.
+        callBack(onAcceptError, error as Error);
+        await this.#queue.pause(sleep(ACCEPT_RETRY));
       }
     }
   }
@@ -176,33 +125,41 @@ class Server implements GreetingServer {
   /** Steps 6 and 7: the life of a connection. */
   async #serve(conn: Deno.TcpConn) {
     const { greeting, timeout, signal } = this.#settings;
-    const connection = this.#enter(conn);
+    const connection = this.#connections.add(conn, timeout);
     try {
-      signal?.throwIfAborted(); // it was accepted as the abort came
-      const message = greeting instanceof Uint8Array
+      signal?.throwIfAborted(); // the abort came while this was being accepted
+      const bytes = greeting instanceof Uint8Array
         ? greeting
         : toBytes(await greeting(clientOf(conn)));
 
-      // Step 6: write. A write may be short, so it is finished.
-      connection.bytes = await this.#firstWrite(conn, message);
-      // Read, and throw away. This begins before all is written: a client that
-      // sends more than the buffers hold reads nothing until it is through.
-      const drained = this.#drain(conn);
-      while (connection.bytes < message.length) {
-        const rest = message.subarray(connection.bytes);
-        connection.bytes += await conn.write(rest);
-        this.#completed++;
+      // Step 6: write. First writes take turns, see WriteGroups.
+      await this.#firstWrites.turn();
+      try {
+        connection.written = await conn.write(pieceOf(bytes, 0));
+      } finally {
+        this.#firstWrites.done();
+      }
+      // A write may take only a part, so the rest of a large greeting follows.
+      // The server has to read meanwhile: a client that sends more than the
+      // buffers hold reads nothing until it has sent all.
+      let drained: Promise<void> | undefined;
+      while (connection.written < bytes.length) {
+        drained ??= drain(conn);
+        connection.written += await conn.write(
+          pieceOf(bytes, connection.written),
+        );
       }
       if (connection.state === "closed") return; // cut off in the same moment
-      connection.state = "lingering";
-      connection.ticks = this.#ticksFor(Math.min(timeout, LINGER));
+      connection.state = "greeted";
+      this.#connections.setDeadline(connection, lingerTime(bytes, timeout));
       this.#report(connection);
 
-      // Half-close, so that the client sees the end; close when it has closed
-      // too. To close with data unread sends RST, and that can destroy what the
-      // client has yet to read (RFC 9112, section 9.6, tells the same of HTTP).
+      // Half-close: the client sees the end of the greeting now. Then read until
+      // the client closes too, and close. A close() with unread data would reset
+      // the connection, and a reset can destroy what the client has not read yet
+      // (RFC 9112, section 9.6, describes the same for HTTP).
       await conn.closeWrite();
-      await drained;
+      await (drained ?? drain(conn));
       this.#close(connection);
     } catch (error) {
       this.#close(connection, error);
@@ -210,188 +167,354 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Reads and throws away all that comes, until the client closes or is gone. With
-   * a pause after every read, or four clients that flood the server would keep the
-   * others waiting for a quarter of a second.
-   */
-  async #drain(conn: Deno.TcpConn) {
-    try {
-      while (await conn.read(SINK) !== null) {
-        this.#completed++;
-        await sleep(0);
-      }
-    } catch {
-      // Reset by the client, or cut off: nothing more will come.
-    }
-    this.#completed++;
-  }
-
-  /**
-   * Step 7: close, and forget. Called again it does nothing, so that a connection
-   * may be cut off wherever it is: what it waits for rejects, or is never heard.
+   * Step 7: close. Safe to call twice. Pending operations of the connection
+   * reject, and `#serve` ignores that.
    */
   #close(connection: Connection, reason?: unknown) {
-    const { conn, state, index } = connection;
+    const { conn, state } = connection;
     if (state === "closed") return;
     connection.state = "closed";
     conn.close();
-    const last = this.#open.pop()!;
-    if (last !== connection) {
-      this.#open[index] = last; // takes its place
-      last.index = index;
-    }
-    this.#wake();
+    this.#connections.remove(connection);
     if (state === "greeting") this.#report(connection, toError(reason));
   }
 
-  /** Step 8: shut the server down. A field, so that it can be handed on alone. */
+  /** Step 8: shut down. An arrow function, so that it works without its object. */
   readonly shutdown = (): Promise<void> => {
-    this.#stopping ??= this.#closeListener();
+    this.#stop.resolve();
     return this.finished;
-  };
-
-  /**
-   * Whoever is in the kernel's queue is connected, and gets the greeting: so it
-   * goes on accepting until nothing happens, or for the timeout.
-   */
-  async #closeListener() {
-    const end = performance.now() + this.#settings.timeout;
-    let quiet = 0;
-    while (quiet < QUIET_TURNS && performance.now() < end) {
-      const before = this.#completed;
-      await sleep(0);
-      // While it waits for room or descriptors, a turn proves nothing.
-      quiet = this.#paused || this.#completed > before ? 0 : quiet + 1;
-    }
-    this.#listener[Symbol.dispose](); // close(), but no error if aborted
-  }
-
-  /** Shuts down at once. */
-  readonly #abort = () => {
-    this.#listener[Symbol.dispose]();
-    for (const connection of [...this.#open]) {
-      this.#close(connection, this.#settings.signal?.reason);
-    }
   };
 
   readonly [Symbol.asyncDispose] = this.shutdown;
 
-  // ------- What the steps take for granted: waiting, groups, deadlines -------
-
-  /** Lets the accept loop wait for something else than a client. */
-  async #pause(until: Promise<void>) {
-    this.#paused = true;
-    await until;
-    this.#paused = false;
-  }
-
-  #connectionEnds(): Promise<void> {
-    return new Promise((resolve) => this.#wake = resolve);
-  }
-
   /**
-   * Writes what the kernel takes at once. First writes go in groups: who comes
-   * while one group is being written goes with the next. Each at its own time
-   * would be unfair: the runtime polls only so many operations a turn, and some
-   * would wait for seconds. To hold accept() back instead would let the kernel's
-   * queue overflow. A group is short: a first write goes into an empty buffer and
-   * waits for no client. Where the kernel lacks the memory, the deadlines of the
-   * group's connections bound it.
+   * Clients in the kernel's queue are already connected, so a stop greets them
+   * too. But new clients may keep coming, so this ends after the timeout.
    */
-  async #firstWrite(conn: Deno.TcpConn, message: Uint8Array): Promise<number> {
-    if (this.#writing > 0) {
-      await new Promise<void>((start) => this.#nextGroup.push(start));
-    } else {
-      this.#writing = 1;
-    }
-    try {
-      return await conn.write(message);
-    } finally {
-      this.#completed++;
-      this.#writing--;
-      if (this.#writing === 0) {
-        const group = this.#nextGroup;
-        this.#nextGroup = [];
-        this.#writing = group.length;
-        for (const start of group) start();
-      }
-    }
+  async #greetQueue() {
+    const { timeout } = this.#settings;
+    const timer = setTimeout(() => this.#closeListener(), timeout);
+    await this.#queue.empty();
+    clearTimeout(timer);
   }
 
-  /** Begins a connection's life, and its deadline. */
-  #enter(conn: Deno.TcpConn): Connection {
+  #closeListener() {
+    this.#listener[Symbol.dispose](); // close(), but safe to call twice
+    this.#queue.giveUp();
+  }
+
+  /** Shuts down at once, because `signal` was aborted. */
+  readonly #abort = () => {
+    this.#closeListener();
+    for (const connection of this.#connections.all()) {
+      this.#close(connection, this.#settings.signal?.reason);
+    }
+    this.#stop.resolve();
+  };
+
+  /** Closes a connection at its deadline. */
+  readonly #cutOff = (connection: Connection) => {
+    const { timeout } = this.#settings;
+    const error = new Deno.errors.TimedOut(`not greeted in ${timeout} ms`);
+    this.#close(connection, error);
+  };
+
+  /** Tells how the greeting of a client went. */
+  #report({ conn, written, acceptedAt }: Connection, error?: Error) {
+    callBack(this.#settings.onOutcome, {
+      remoteAddr: clientOf(conn),
+      bytes: written,
+      milliseconds: performance.now() - acceptedAt,
+      error,
+    });
+  }
+}
+
+// ============ The open connections, each with its deadline ============
+
+/** One client, from accept() to close(). */
+interface Connection {
+  readonly conn: Deno.TcpConn;
+  /**
+   * `greeting`: the greeting is being made or written. `greeted`: all of it is
+   * written, and the client has not closed its side yet. `closed`: the end.
+   */
+  state: "greeting" | "greeted" | "closed";
+  /** When it was accepted, on the clock of `performance.now()`. */
+  readonly acceptedAt: number;
+  /** Bytes of the greeting that the kernel has taken. */
+  written: number;
+  /** Milliseconds until it is cut off. Only {@linkcode Connections} uses this. */
+  timeLeft: number;
+  /** Its place in the list. Only {@linkcode Connections} uses this. */
+  index: number;
+}
+
+/**
+ * The open connections. One timer, the ticker, counts the deadlines of all of
+ * them down. A deadline read off the clock would cut clients off after the
+ * process was suspended, for time in which the server itself did nothing.
+ */
+class Connections {
+  /** In no order. An array, as adding and removing costs less than in a Set. */
+  readonly #open: Connection[] = [];
+  /** The length of a tick, in milliseconds. */
+  readonly #tick: number;
+  readonly #cutOff: (connection: Connection) => void;
+  /** It runs only while there are connections: an idle server uses no CPU. */
+  #ticker: ReturnType<typeof setInterval> | undefined;
+  #onEnd = () => {};
+
+  constructor(timeout: number, cutOff: (connection: Connection) => void) {
+    this.#tick = Math.min(250, Math.ceil(timeout / 4));
+    this.#cutOff = cutOff;
+  }
+
+  get size(): number {
+    return this.#open.length;
+  }
+
+  /** A copy of the list, for a loop that removes connections. */
+  all(): Connection[] {
+    return [...this.#open];
+  }
+
+  add(conn: Deno.TcpConn, timeout: number): Connection {
     const connection: Connection = {
       conn,
       state: "greeting",
-      ticks: this.#ticksFor(this.#settings.timeout),
-      index: this.#open.length,
       acceptedAt: performance.now(),
-      bytes: 0,
+      written: 0,
+      timeLeft: timeout + this.#tick,
+      index: this.#open.length,
     };
     this.#open.push(connection);
     this.#ticker ??= setInterval(() => this.#countDown(), this.#tick);
     return connection;
   }
 
-  /**
-   * How many ticks take at least so long, though the first may come at once.
-   * Deadlines are counted and not read off the clock: a process that was suspended
-   * has not ticked, and cuts nobody off for time that it slept itself.
-   */
-  #ticksFor(milliseconds: number): number {
-    return Math.ceil(milliseconds / this.#tick) + 1;
+  /** Removes a connection; the last one of the list takes its place. */
+  remove(connection: Connection) {
+    const last = this.#open.pop()!;
+    if (last !== connection) {
+      this.#open[connection.index] = last;
+      last.index = connection.index;
+    }
+    this.#onEnd();
   }
 
-  /** A tick: who has none left is cut off. */
+  /** Cuts the connection off after at least so many milliseconds from now. */
+  setDeadline(connection: Connection, milliseconds: number) {
+    // One tick more, as the next one may come at once.
+    connection.timeLeft = milliseconds + this.#tick;
+  }
+
   #countDown() {
-    for (const connection of [...this.#open]) {
-      connection.ticks--;
-      if (connection.ticks > 0) continue;
-      const { timeout } = this.#settings;
-      const late = new Deno.errors.TimedOut(`not greeted in ${timeout} ms`);
-      this.#close(connection, late);
+    for (const connection of this.all()) {
+      connection.timeLeft -= this.#tick;
+      if (connection.timeLeft <= 0) this.#cutOff(connection);
     }
-    if (this.#open.length > 0) return;
+    if (this.size === 0) this.#stopTicker();
+  }
+
+  #stopTicker() {
     clearInterval(this.#ticker);
     this.#ticker = undefined;
   }
 
-  /** Tells how greeting a client went. */
-  #report({ conn, bytes, acceptedAt }: Connection, error?: Error) {
-    const milliseconds = performance.now() - acceptedAt;
-    const remoteAddr = clientOf(conn);
-    const outcome = { remoteAddr, bytes, milliseconds, error };
-    notify(this.#settings.onOutcome, outcome);
+  /** Resolves when a connection ends. Only one caller can wait at a time. */
+  nextEnd(): Promise<void> {
+    return new Promise((resolve) => this.#onEnd = resolve);
+  }
+
+  /** Resolves when no connection is left. None may be added after that. */
+  async allEnded() {
+    while (this.size > 0) await this.nextEnd();
+    this.#stopTicker();
+    await sleep(0); // lets the pending operations of closed connections reject
+  }
+}
+
+// ================ Reading, writing and waiting for a client ================
+
+/** The most bytes that one write is given. */
+const MAX_WRITE = 256 * 1024;
+
+/**
+ * The part of a greeting to write next. Windows takes a write of any size and
+ * keeps it in memory, so a client that reads nothing would count as greeted.
+ */
+function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
+  return greeting.subarray(start, start + MAX_WRITE);
+}
+
+/** Receives everything that clients send. Nobody looks at it, so one is enough. */
+const SINK = new Uint8Array(256 * 1024);
+
+/**
+ * Reads and throws away what the client sends, until it closes its side. Without
+ * the `sleep(0)`, four clients that send without end would delay all others by
+ * 250 ms.
+ */
+async function drain(conn: Deno.TcpConn) {
+  try {
+    while (await conn.read(SINK) !== null) await sleep(0);
+  } catch {
+    // The client has reset the connection, or it was closed here.
+  }
+}
+
+/** How long a greeted client may take to close its side, in milliseconds. */
+const LINGER = 1000;
+/** Above this many bytes, the client may need longer to read the greeting. */
+const LARGE_GREETING = 64 * 1024;
+
+/**
+ * How long a greeted client has to close its side before the server closes the
+ * connection. Less would reset clients that still send, more would keep places
+ * from others. But the kernel takes up to 4 MB at once, so a client on a slow
+ * link may still be reading a large greeting long after it counts as greeted. If
+ * it sends something after the server has closed, a reset destroys the rest. So
+ * a large greeting gets the whole timeout.
+ */
+function lingerTime(greeting: Uint8Array, timeout: number): number {
+  if (greeting.length > LARGE_GREETING) return timeout;
+  return Math.min(timeout, LINGER);
+}
+
+/** The pause after a failed accept(), in milliseconds. */
+const ACCEPT_RETRY = 10;
+
+/** Whether accept() failed because the client has already left. */
+function clientHasLeft(error: unknown): boolean {
+  return error instanceof Deno.errors.NotConnected ||
+    error instanceof Deno.errors.ConnectionAborted ||
+    error instanceof Deno.errors.ConnectionReset || // on Windows
+    error instanceof TypeError; // on macOS: EINVAL from getpeername()
+}
+
+// ==================== First writes: fair to thousands ====================
+
+/**
+ * Lets first writes go in groups. While one group is being written, connections
+ * that become ready wait for the next group, which starts as a whole.
+ *
+ * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
+ * A write that misses its turn would queue behind all newer ones. Without groups
+ * some of 4,000 clients that come at once would wait for more than a second,
+ * with groups all wait about the same time. To accept fewer clients at a time
+ * would not help: then the kernel's queue overflows and clients are lost.
+ *
+ * A group is short. A first write goes into an empty buffer, so it does not wait
+ * for its client; if the kernel is out of memory, the deadlines end it.
+ */
+class WriteGroups {
+  /** Writes of the present group that are not done yet. */
+  #writing = 0;
+  /** Starts each write of the next group. */
+  #next: (() => void)[] = [];
+
+  /** Waits until the caller may write. It must call `done()` afterwards. */
+  turn(): Promise<void> | undefined {
+    if (this.#writing > 0) {
+      return new Promise((start) => this.#next.push(start));
+    }
+    this.#writing = 1;
+    return undefined;
+  }
+
+  done() {
+    this.#writing--;
+    if (this.#writing > 0) return;
+    const group = this.#next;
+    this.#next = [];
+    this.#writing = group.length;
+    for (const start of group) start();
+  }
+}
+
+// ================== At a stop: is the kernel's queue empty? ==================
+
+/**
+ * Finds out when accept() has handed over all clients of the kernel's queue.
+ *
+ * No call tells the length of the queue. While accept() answers, the queue may
+ * hold more; when it no longer answers, the queue is empty. But the answer can be
+ * late: accept() waits behind up to three operations of every open connection,
+ * and the runtime completes 128 operations in a turn of the event loop. So the
+ * queue counts as empty after 4 turns without an answer, plus one for every 25
+ * connections. With 3 turns alone, half of all stops lost 128 clients of 4,000.
+ */
+class QueueWatch {
+  /** Turns after which accept() is no longer expected to answer. */
+  #turnsLeft = 4;
+  /** Settles when accept() is called again. */
+  #pause: Promise<void> | undefined;
+
+  /**
+   * accept() has answered, with a client or an error, while `open` connections
+   * were open. Later this number shrinks faster than accept() gets its turn, so
+   * the number at the last answer counts.
+   */
+  answered(open: number) {
+    this.#turnsLeft = 4 + open / 25;
+  }
+
+  /** Waits, while no turn counts because accept() is not called. */
+  pause(until: Promise<void>): Promise<void> {
+    this.#pause = until;
+    return until;
+  }
+
+  /** Resolves when the queue is empty. */
+  async empty() {
+    while (this.#turnsLeft > 0) {
+      await this.#pause;
+      this.#turnsLeft--;
+      await sleep(0);
+    }
+  }
+
+  /** The listener is closed, so accept() answers no more. */
+  giveUp() {
+    this.#turnsLeft = 0;
   }
 }
 
 // ============================== Small helpers ==============================
 
+/**
+ * The runtime's own timers, bound when this module is loaded. A test that fakes
+ * the timers later (FakeTime, sinon) does not stop the server.
+ */
+const { setTimeout, clearTimeout, setInterval, clearInterval, queueMicrotask } =
+  globalThis;
+
 function sleep(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
-/** Calls a callback. What that throws is an uncaught error, as of an event's. */
-function notify<T>(callback: ((value: T) => void) | undefined, value: T) {
-  try {
-    callback?.(value);
-  } catch (error) {
-    reportError(error);
-  }
+/**
+ * Calls a callback of the user soon, outside of the server's own code. So an
+ * error that it throws is an uncaught error, and it can call the server back.
+ */
+function callBack<T>(callback: ((value: T) => void) | undefined, value: T) {
+  if (callback) queueMicrotask(() => callback(value));
 }
 
-/** The client's address; an IPv4 client of an IPv6 socket has its own again. */
+/** The client's address. An IPv4 client of an IPv6 socket is shown as IPv4. */
 function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
   if (!remoteAddr.hostname.startsWith("::ffff:")) return remoteAddr;
   return { ...remoteAddr, hostname: remoteAddr.hostname.slice(7) };
 }
 
+/** Anything can be thrown, and be the reason of an abort. */
 function toError(reason: unknown): Error {
   if (reason instanceof Error) return reason;
-  return new Error("what was thrown is no Error", { cause: reason });
+  return new Error(`not an Error: ${Deno.inspect(reason)}`, { cause: reason });
 }
 
-/** A copy, so that later changes of the original change nothing. */
+/** Makes a copy, so that later changes of the original have no effect. */
 function toBytes(greeting: Greeting): Uint8Array {
   if (typeof greeting === "string") return new TextEncoder().encode(greeting);
   if (greeting instanceof Uint8Array) return new Uint8Array(greeting);
@@ -400,71 +523,103 @@ function toBytes(greeting: Greeting): Uint8Array {
 
 // ================================= Options =================================
 
-/** What a client is sent: bytes as they are, text as UTF-8, nothing added. */
+/** What a client is sent: bytes as they are, text as UTF-8. Nothing is added. */
 export type Greeting = string | Uint8Array;
 
-/** Makes the greeting for a client. Only that connection fails if it throws. */
+/** Makes the greeting for one client, whose address it is given. */
 export type GreetingFunction = (
   client: Deno.NetAddr,
 ) => Greeting | Promise<Greeting>;
 
 /** Options of {@linkcode serve}. */
 export interface ServeOptions {
-  /** Address to listen on; `::` is IPv6 and IPv4. Default: `0.0.0.0`. */
+  /**
+   * The address to listen on. `::` is IPv6 and, except on Windows, IPv4.
+   *
+   * @default {"0.0.0.0"}
+   */
   hostname?: string | undefined;
-  /** TCP port, 0 for any free one. Default: 9000. */
+  /**
+   * The TCP port, 0 for any free one.
+   *
+   * @default {9000}
+   */
   port?: number | undefined;
   /**
-   * What clients are sent, or a function of the client's address that returns
-   * it or a promise of it. Bytes are copied. Where the function throws, rejects
-   * or does not answer in time, that one connection fails. Default:
-   * `Hello from server\n`.
+   * What clients are sent, or a function that returns it or a promise of it. Bytes
+   * are copied. If the function throws, rejects or takes longer than `timeout`,
+   * only the connection of that client fails.
+   *
+   * @default {"Hello from server\n"}
    */
   greeting?: Greeting | GreetingFunction | undefined;
   /**
-   * Connections that the kernel queues for accept(). It cuts this down to its
-   * own maximum, on Linux `net.core.somaxconn`. Default: 65535.
+   * How many connections the kernel queues for accept(). The kernel cuts this
+   * down to its own maximum: on Linux `net.core.somaxconn`, on macOS 128, on
+   * Windows about 200.
+   *
+   * @default {65535}
    */
-  backlog?: number | undefined;
+  tcpBacklog?: number | undefined;
   /**
-   * How long a client may take for its greeting, in milliseconds; who takes
-   * longer is cut off. Then it has as long again to close its side, but a second
-   * at the most. Default: 5000.
+   * How long a client may take for its greeting, in milliseconds. A client that
+   * takes longer is cut off. The command line takes this in seconds.
+   *
+   * Afterwards a greeted client has a second, or `timeout` if that is less, to
+   * close its side. After a greeting of more than 64 KiB it has the whole
+   * `timeout`, as it may still be reading.
+   *
+   * @default {5000}
    */
   timeout?: number | undefined;
-  /** Connections held at once; more wait in the queue. Default: 10000. */
+  /**
+   * How many connections are held at once. More wait in the kernel's queue.
+   *
+   * @default {10000}
+   */
   maxConnections?: number | undefined;
   /**
-   * Share the port with other processes (SO_REUSEPORT, on Linux). Without
-   * `"unstable": ["net"]` in its configuration Deno ends the process here, with
-   * a line on standard error and no exception. Default: false.
+   * Share the port with other processes (SO_REUSEPORT). It has an effect on Linux
+   * only. If `deno.json` has no `"unstable": ["net"]`, Deno ends the process with
+   * a message, and no exception can be caught.
+   *
+   * @default {false}
    */
   reusePort?: boolean | undefined;
   /** Aborting it stops the server and closes every connection at once. */
   signal?: AbortSignal | undefined;
   /**
-   * Called once for every client, at the moment it has been greeted or could not
-   * be. What it throws is an uncaught error, and the server goes on.
+   * Called once for every client, when it has been greeted or could not be. An
+   * error thrown here is an uncaught error, which by default ends the process.
    */
   onOutcome?: ((outcome: Outcome) => void) | undefined;
   /**
-   * Called when accept() fails, for want of descriptors, say. It is tried again
-   * every 10 ms. What this throws is an uncaught error, too.
+   * Called when accept() fails, for example because the process is out of file
+   * descriptors. The server tries again every 10 ms. An error thrown here is an
+   * uncaught error, which by default ends the process.
    */
   onAcceptError?: ((error: Error) => void) | undefined;
 }
 
-/** How greeting a client went. What it does afterwards changes nothing. */
+/**
+ * How the greeting of one client went.
+ *
+ * A client counts as greeted when the kernel has taken the whole greeting. The
+ * kernel sends it from then on; the client may receive it later, or never if the
+ * connection breaks.
+ */
 export interface Outcome {
   /** The client's address. */
   remoteAddr: Deno.NetAddr;
-  /** Bytes of the greeting that the kernel took. */
+  /** How many bytes of the greeting the kernel has taken. */
   bytes: number;
-  /** How long that took from accept() on, in milliseconds. */
+  /** The time from accept() until now, in milliseconds. */
   milliseconds: number;
   /**
-   * Why it did not take all of them: `Deno.errors.TimedOut`, the reason of the
-   * abort, what the greeting function threw, or the error of the write.
+   * Why the client was not greeted, or undefined if it was. It is a
+   * `Deno.errors.TimedOut`, the reason of the abort, what the greeting function
+   * threw, or the error of the write. If a reason or what was thrown is no Error,
+   * it is the `cause` of an Error whose message contains it.
    */
   error?: Error | undefined;
 }
@@ -478,15 +633,18 @@ export interface GreetingServer extends AsyncDisposable {
   /** Resolves when it no longer listens and every connection has ended. */
   readonly finished: Promise<void>;
   /**
-   * Greets the clients that the kernel has already connected (or, where more
-   * keep coming, accepts for the timeout), stops listening, lets open
-   * connections end and returns `finished`.
+   * Stops the server and returns `finished`. It greets the clients that are in
+   * the kernel's queue, then it stops listening and lets open connections end.
+   *
+   * It accepts for `timeout` at the most. If more clients are in the queue than it
+   * can accept in that time, because few places or file descriptors are free or
+   * because new clients keep coming, the rest of the queue is reset.
    */
   shutdown(): Promise<void>;
 }
 
 /**
- * What {@linkcode serve} takes for an option that is left out.
+ * The values of options that are left out.
  *
  * @ignore
  */
@@ -494,36 +652,29 @@ const DEFAULTS = {
   hostname: "0.0.0.0",
   port: 9000,
   greeting: "Hello from server\n",
-  backlog: 65535,
+  tcpBacklog: 65535,
   timeout: 5000,
   maxConnections: 10000,
   reusePort: false,
 };
 
-/** The most that listen(2) and a timer take. */
-const MAX_INT32 = 2 ** 31 - 1;
-
-/** From where to where each option that is a whole number goes. */
-const RANGES = {
-  port: [0, 65535],
-  backlog: [1, MAX_INT32],
-  timeout: [1, MAX_INT32],
-  maxConnections: [1, MAX_INT32],
-} as const;
-
-/** Options that were checked, with their defaults. */
+/** Checked options, with their defaults. */
 type Settings = ReturnType<typeof checkOptions>;
 
 function checkOptions(options: ServeOptions) {
   const { greeting = DEFAULTS.greeting } = options;
+  function number(name: keyof typeof RANGES): number {
+    const { [name]: value = DEFAULTS[name] } = options;
+    return checkNumber(name, value, RANGES[name]);
+  }
   return {
     hostname: options.hostname ?? DEFAULTS.hostname,
-    port: checkNumber(options, "port"),
+    port: number("port"),
     // A fixed greeting is encoded once, not for every client.
     greeting: typeof greeting === "function" ? greeting : toBytes(greeting),
-    backlog: checkNumber(options, "backlog"),
-    timeout: checkNumber(options, "timeout"),
-    maxConnections: checkNumber(options, "maxConnections"),
+    tcpBacklog: number("tcpBacklog"),
+    timeout: number("timeout"),
+    maxConnections: number("maxConnections"),
     reusePort: options.reusePort ?? DEFAULTS.reusePort,
     signal: options.signal,
     onOutcome: options.onOutcome,
@@ -531,22 +682,44 @@ function checkOptions(options: ServeOptions) {
   };
 }
 
-/** A number out of its range would be taken in silence by what it is handed to. */
+/** Which numbers are allowed. */
+interface Range {
+  readonly kind: "number" | "whole number";
+  readonly min: number;
+  readonly max: number;
+}
+
+/** The largest number that listen(2) and setTimeout() take. */
+const MAX_INT32 = 2 ** 31 - 1;
+const COUNT: Range = { kind: "whole number", min: 1, max: MAX_INT32 };
+const RANGES = {
+  port: { kind: "whole number", min: 0, max: 65535 } as Range,
+  tcpBacklog: COUNT,
+  timeout: COUNT,
+  maxConnections: COUNT,
+};
+
+/**
+ * Checks a number of an option or a flag. Without this, Deno and the kernel would
+ * silently use another number. `given` is what the user wrote.
+ */
 function checkNumber(
-  options: ServeOptions,
-  option: keyof typeof RANGES,
+  name: string,
+  value: unknown,
+  { kind, min, max }: Range,
+  given = value,
 ): number {
-  const { [option]: value = DEFAULTS[option] } = options;
-  const [min, max] = RANGES[option];
-  const rule = `${option} must be a whole number from ${min} to ${max}`;
-  if (typeof value !== "number") throw new TypeError(rule);
-  if (Number.isInteger(value) && value >= min && value <= max) return value;
-  throw new RangeError(`${rule}, not ${value}`);
+  const rule = `${name} must be a ${kind} from ${min} to ${max}`;
+  const message = `${rule}, not ${Deno.inspect(given)}`;
+  if (typeof value !== "number") throw new TypeError(message);
+  const isOfKind = kind === "number" || Number.isInteger(value);
+  if (isOfKind && value >= min && value <= max) return value;
+  throw new RangeError(message);
 }
 
 // ============================= The command line =============================
 
-/** The version in `deno.json`, which is not there where this file is copied. */
+/** The version in `deno.json`. It stands here for copies of this file alone. */
 const VERSION = "1.0.0";
 
 const HELP = `Writes a greeting to every TCP client and closes the connection.
@@ -554,68 +727,65 @@ const HELP = `Writes a greeting to every TCP client and closes the connection.
 Usage: deno run --allow-net server.ts [options]
 
   -p, --port <port>          TCP port, 0 for any free one (${DEFAULTS.port})
-  -H, --hostname <host>      address to listen on (${DEFAULTS.hostname});
-                             :: is IPv6 and IPv4
-  -g, --greeting <text>      what every client is sent, a newline added where
+  -H, --hostname <host>      address to listen on (${DEFAULTS.hostname}); :: is
+                             IPv6 and, except on Windows, IPv4
+  -g, --greeting <text>      what every client is sent; a newline is added if
                              it has none (${DEFAULTS.greeting.trimEnd()});
-                             --greeting=- is standard input, byte for byte
-  -b, --backlog <n>          connections the kernel queues for accept(); it
-                             cuts this down to its own maximum (${DEFAULTS.backlog})
-  -t, --timeout <seconds>    how long a client may take for its greeting,
-                             such as 0.5 (${DEFAULTS.timeout / 1000})
-  -c, --max-connections <n>  connections held at once; more wait (${DEFAULTS.maxConnections})
+                             --greeting=- sends standard input, byte for byte
+  -b, --backlog <n>          connections that the kernel queues for accept();
+                             it cuts this down to its maximum (${DEFAULTS.tcpBacklog})
+  -t, --timeout <seconds>    how long a client may take for its greeting;
+                             fractions are allowed (${DEFAULTS.timeout / 1000})
+  -c, --max-connections <n>  connections held at once; more wait in the
+                             kernel's queue (${DEFAULTS.maxConnections})
   -r, --reuse-port           share the port with other processes (Linux)
   -v, --verbose              print a line for every connection
-  -h, --help                 print this
+  -h, --help                 print this help
   -V, --version              print the version
 `;
-
-/** Letter, name, and whether it takes a value, of each flag in the help. */
-const FLAGS = [...HELP.matchAll(/-(\w), --(\S+)( <)?/g)];
-
-/** What parseArgs() finds. */
-type Values = Record<string, unknown>;
 
 /**
  * Parses a command line. A greeting of `-` stands for standard input.
  *
- * @throws {Error} For an unknown flag, a stray word, a bad or missing value: one
- * line.
+ * @throws {Error} There is an unknown flag, a stray word, or a bad or missing
+ * value. The message is one line.
  * @ignore
  */
 export async function parseFlags(args: string[]): Promise<
   typeof DEFAULTS & { verbose: boolean; help: boolean; version: boolean }
 > {
+  // Loaded here, so that the module works where this package is not installed.
   const { parseArgs } = await import("@std/cli/parse-args");
-  const unknown = args.filter((arg) => /^-[^-=][^=]+=/.test(arg)); // -gno=yes
-  const { _: words, ...values } = parseArgs(args, {
-    alias: Object.fromEntries(FLAGS.map(([, letter, flag]) => [letter, flag!])),
-    // No switch is declared as boolean, or --verbose=no would be true.
-    string: FLAGS.flatMap(([, , flag, value]) => value ? [flag!] : []),
+  // parseArgs() takes -gno=yes for `-g yes`.
+  const unknown = args.filter((arg) => /^-[^-=][^=]+=/.test(arg));
+  const { _: words, ...values }: Values = parseArgs(args, {
+    // deno-fmt-ignore
+    alias: { p: "port", H: "hostname", g: "greeting", b: "backlog", t: "timeout",
+      c: "max-connections", r: "reuse-port", v: "verbose", h: "help", V: "version" },
+    // The others take no value. They are not declared as `boolean`, because then
+    // parseArgs() would take --verbose=no for true.
+    // deno-fmt-ignore
+    string: ["port", "hostname", "greeting", "backlog", "timeout", "max-connections"],
     unknown: (arg: string) => {
       unknown.push(arg);
       return false;
     },
   });
-  unknown.push(...words as string[]); // what follows --
+  unknown.push(...words as string[]); // the words after --
 
   const greeting = text(values, "greeting", DEFAULTS.greeting);
   const isWhole = greeting === "-" || greeting.endsWith("\n");
-  const seconds = DEFAULTS.timeout / 1000;
+  const seconds: Range = { kind: "number", min: 0.001, max: 2147483 };
+  const { port, tcpBacklog, timeout, maxConnections } = DEFAULTS;
   const flags = {
     hostname: text(values, "hostname", DEFAULTS.hostname),
-    port: number(values, "port", DEFAULTS.port, RANGES.port),
+    port: number(values, "port", port, RANGES.port),
     greeting: isWhole ? greeting : greeting + "\n",
-    backlog: number(values, "backlog", DEFAULTS.backlog, RANGES.backlog),
+    tcpBacklog: number(values, "backlog", tcpBacklog, COUNT),
     timeout: Math.round(
-      1000 * number(values, "timeout", seconds, [0.001, 2147483]),
+      1000 * number(values, "timeout", timeout / 1000, seconds),
     ),
-    maxConnections: number(
-      values,
-      "max-connections",
-      DEFAULTS.maxConnections,
-      RANGES.maxConnections,
-    ),
+    maxConnections: number(values, "max-connections", maxConnections, COUNT),
     reusePort: isOn(values, "reuse-port"),
     verbose: isOn(values, "verbose"),
     help: isOn(values, "help"),
@@ -626,6 +796,9 @@ export async function parseFlags(args: string[]): Promise<
   const kind = /^-./.test(arg) ? "unknown flag" : "stray word";
   throw new Error(`${kind} ${JSON.stringify(arg)}`);
 }
+
+/** What parseArgs() finds. */
+type Values = Record<string, unknown>;
 
 function isOn(values: Values, flag: string): boolean {
   const value = values[flag] ?? false;
@@ -640,28 +813,22 @@ function text(values: Values, flag: string, otherwise: string): string {
   return value;
 }
 
-function number(
-  values: Values,
-  flag: string,
-  otherwise: number,
-  [min, max]: readonly [number, number],
-): number {
+function number(values: Values, flag: string, otherwise: number, range: Range) {
   const value = text(values, flag, `${otherwise}`);
-  const [form, kind] = Number.isInteger(min)
-    ? [/^\d+$/, "whole number"]
-    : [/^\d*\.?\d+$/, "number"];
-  if (form.test(value) && +value >= min && +value <= max) return +value;
-  const rule = `--${flag} must be a ${kind} from ${min} to ${max}`;
-  throw new Error(`${rule}, not ${JSON.stringify(value)}`);
+  // Number() alone would also take " 80", 0x50 and 1e3.
+  const form = range.kind === "number" ? /^\d*\.?\d+$/ : /^\d+$/;
+  const parsed = form.test(value) ? Number(value) : NaN;
+  return checkNumber(`--${flag}`, parsed, range, value);
 }
 
-/** `host:port`; IPv6 addresses in brackets. */
+/** `host:port`, with brackets around an IPv6 address. */
 function hostPort({ hostname, port }: { hostname: string; port: number }) {
   return `${hostname.includes(":") ? `[${hostname}]` : hostname}:${port}`;
 }
 
-/** A client's command that works on this machine; `localhost` may be `::1` only. */
+/** A client's command that works on this machine. */
 function clientFor({ hostname, port }: Deno.NetAddr): string {
+  // Not `localhost`, which may be ::1 only.
   const any: Record<string, string> = { "0.0.0.0": "127.0.0.1", "::": "::1" };
   return `nc ${any[hostname] ?? hostname} ${port}`;
 }
@@ -672,32 +839,39 @@ function lineFor({ remoteAddr, bytes, milliseconds, error }: Outcome): string {
   return `${hostPort(remoteAddr)} ${how}: ${figures}`;
 }
 
-/** The most that waits to be written to standard error, in UTF-16 units. */
-const LOG_LIMIT = 1 << 20;
-
-/** What waits to be written there. */
-let log = "";
-/** Writes it, while there is any. */
-let logging: Promise<void> | undefined;
-
 /**
- * Prints one line to standard error, soon: no greeting and no stop waits for its
- * reader. If that stalls, what there is no room for is dropped.
+ * Prints lines to standard error, without waiting for it: a reader that stalls
+ * delays neither a greeting nor a stop.
  */
-function say(line: string): void {
-  if (log.length + line.length > LOG_LIMIT) return;
-  log += line.replace(/\s+/g, " ") + "\n";
-  logging ??= writeLog();
+class Log {
+  /** The most that is kept for a slow reader. Later lines are dropped. */
+  static readonly #LIMIT = 1 << 20;
+  #waiting = "";
+  #writer: Promise<void> | undefined;
+
+  say(line: string) {
+    if (this.#waiting.length + line.length > Log.#LIMIT) return;
+    this.#waiting += line.replace(/\s+/g, " ") + "\n";
+    this.#writer ??= this.#write();
+  }
+
+  async #write() {
+    while (this.#waiting !== "") {
+      const lines = this.#waiting;
+      this.#waiting = "";
+      // An error of standard error cannot be told anywhere.
+      await write(Deno.stderr, lines).catch(() => {});
+    }
+    this.#writer = undefined;
+  }
+
+  /** Waits until all is written, but half a second at the most. */
+  async flush() {
+    await Promise.race([this.#writer, sleep(500)]);
+  }
 }
 
-async function writeLog() {
-  while (log !== "") {
-    const lines = log;
-    log = "";
-    await write(Deno.stderr, lines).catch(() => {}); // there is no other place
-  }
-  logging = undefined;
-}
+const log = new Log();
 
 async function write(stream: typeof Deno.stderr, text: string) {
   const bytes = new TextEncoder().encode(text);
@@ -705,7 +879,7 @@ async function write(stream: typeof Deno.stderr, text: string) {
     try {
       written += await stream.write(bytes.subarray(written));
     } catch (error) {
-      // A pipe that another program has made non-blocking is full.
+      // The pipe is full, and another program has made it non-blocking.
       if (!(error instanceof Deno.errors.WouldBlock)) throw error;
       await sleep(10);
     }
@@ -714,87 +888,118 @@ async function write(stream: typeof Deno.stderr, text: string) {
 
 async function readGreeting(): Promise<Uint8Array> {
   if (Deno.stdin.isTerminal()) {
-    say("Reading the greeting from the terminal; Ctrl-D on a new line ends it");
+    const keys = Deno.build.os === "windows" ? "Ctrl-Z and Enter" : "Ctrl-D";
+    log.say(`Reading the greeting from the terminal; end it with ${keys}`);
   }
   const greeting = await new Response(Deno.stdin.readable).bytes();
   if (greeting.length === 0) throw new Error("it is empty");
   return greeting;
 }
 
-/** Stops the server on the first signal; a second one has its default effect. */
-function stopOnSignals(server: GreetingServer) {
-  const other = Deno.build.os === "windows" ? "SIGBREAK" : "SIGTERM";
-  let stopping = false;
-  function stop() {
-    if (stopping) return;
-    stopping = true;
-    server.shutdown();
-    const open = server.connections;
-    if (open > 0) {
-      say(
-        `Stopping: waiting for clients (${open} left); a second signal ends it`,
-      );
+/**
+ * Resolves at the first signal that asks the server to stop. Half a second later
+ * the signals have their default effect again, so that a second one ends the
+ * process. Not sooner: under `deno task` one Ctrl-C arrives twice.
+ */
+function stopSignal(): Promise<void> {
+  const signals: Deno.Signal[] = Deno.build.os === "windows"
+    ? ["SIGINT", "SIGBREAK"]
+    : ["SIGINT", "SIGTERM", "SIGHUP"];
+  return new Promise((resolve) => {
+    function stop() {
+      resolve();
+      setTimeout(() => {
+        for (const signal of signals) Deno.removeSignalListener(signal, stop);
+      }, 500);
     }
-    // Not sooner: under `deno task` one Ctrl-C arrives twice.
-    setTimeout(() => {
-      Deno.removeSignalListener("SIGINT", stop);
-      Deno.removeSignalListener(other, stop);
-    }, 500);
-  }
-  Deno.addSignalListener("SIGINT", stop);
-  Deno.addSignalListener(other, stop);
+    for (const signal of signals) Deno.addSignalListener(signal, stop);
+  });
 }
 
-/** Greets until a signal comes. */
-async function run(
-  { verbose, ...options }: ServeOptions & { verbose: boolean },
-) {
-  const count = { greeted: 0, failed: 0 };
+/** Greets clients until a signal comes. */
+async function greetUntilSignal(options: ServeOptions, verbose: boolean) {
+  let greeted = 0;
+  let failed = 0;
   let complained = -Infinity;
   const server = serve({
     ...options,
     onOutcome(outcome) {
-      count[outcome.error ? "failed" : "greeted"]++;
-      if (verbose) say(lineFor(outcome));
+      if (outcome.error) failed++;
+      else greeted++;
+      if (verbose) log.say(lineFor(outcome));
     },
     onAcceptError(error) {
+      // One line a second is enough: accept() is tried every 10 ms.
       if (performance.now() - complained < 1000) return;
       complained = performance.now();
-      say(`Cannot accept, trying again: ${error.message}`);
+      log.say(`Cannot accept, trying again: ${error.message}`);
     },
   });
-  stopOnSignals(server);
-  say(`Listening on ${hostPort(server.addr)} (try: ${clientFor(server.addr)})`);
+  const signal = stopSignal();
+  // Deno's address lacks the zone of a link-local address, as in fe80::1%eth0.
+  const zone = /%.*$/.exec(options.hostname ?? "")?.[0] ?? "";
+  const addr = { ...server.addr, hostname: server.addr.hostname + zone };
+  log.say(`Listening on ${hostPort(addr)} (try: ${clientFor(addr)})`);
+  await signal;
+  server.shutdown();
+  if (server.connections > 0) {
+    log.say(
+      `Stopping: waiting for clients (${server.connections} left); a second signal ends it`,
+    );
+  }
   await server.finished;
-  say(`Stopped: ${count.greeted} greeted, ${count.failed} failed`);
+  log.say(`Stopped: ${greeted} greeted, ${failed} failed`);
 }
 
-/** Returns the exit code. */
+/** Makes a handler for `catch()` that says what could not be done. */
+function cannot(task: string) {
+  return ({ message }: Error): never => {
+    throw new Error(`Cannot ${task}: ${message}`);
+  };
+}
+
+async function run(flags: Awaited<ReturnType<typeof parseFlags>>) {
+  const { help, version, verbose, ...options } = flags;
+  if (help || version) {
+    const output = help ? HELP : `@greeting/server ${VERSION}\n`;
+    return await write(Deno.stdout, output)
+      .catch(cannot("write to standard output"));
+  }
+  const greeting = options.greeting === "-"
+    ? await readGreeting().catch(cannot("read standard input"))
+    : options.greeting;
+  await greetUntilSignal({ ...options, greeting }, verbose)
+    .catch(cannot(`listen on ${hostPort(options)}`));
+}
+
+/** Runs the command line and returns the exit code. */
 async function main(args: string[]): Promise<number> {
-  let task = "";
+  function fail(exitCode: number, line: string) {
+    log.say(line);
+    return exitCode;
+  }
   try {
-    const { help, version, ...flags } = await parseFlags(args);
-    if (help || version) {
-      task = "write to standard output";
-      await write(Deno.stdout, help ? HELP : `@greeting/server ${VERSION}\n`);
-      return 0;
-    }
-    task = "read standard input";
-    const greeting = flags.greeting === "-"
-      ? await readGreeting()
-      : flags.greeting;
-    task = `listen on ${hostPort(flags)}`;
-    await run({ ...flags, greeting });
-    return 0;
+    await import("@std/cli/parse-args");
   } catch (error) {
     const { message } = error as Error;
-    say(task ? `Cannot ${task}: ${message}` : `${message} (see --help)`);
-    return task ? 1 : 2;
+    return fail(1, `Cannot load @std/cli/parse-args: ${message}`);
+  }
+  let flags;
+  try {
+    flags = await parseFlags(args);
+  } catch (error) {
+    return fail(2, `${(error as Error).message} (see --help)`);
+  }
+  try {
+    await run(flags);
+    return 0;
+  } catch (error) {
+    return fail(1, (error as Error).message);
   }
 }
 
 if (import.meta.main) {
   const exitCode = await main(Deno.args);
-  await Promise.race([logging, sleep(500)]); // its reader may have stalled
+  await log.flush();
   Deno.exit(exitCode);
 }
