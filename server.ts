@@ -124,15 +124,22 @@ class Server implements GreetingServer {
 
   /** Steps 6 and 7: the life of a connection. */
   async #serve(conn: Deno.TcpConn) {
-    const { greeting, timeout, signal } = this.#settings;
+    const { answer, greeting, timeout, signal } = this.#settings;
     const connection = this.#connections.add(conn, timeout);
     try {
       signal?.throwIfAborted(); // the abort came while this was being accepted
+
+      // Step 6: read, then write. Nobody looks at what the client says, so the
+      // server reads first only if it is told to let the client speak first.
+      if (answer) {
+        connection.silent = true;
+        await conn.read(SINK);
+        connection.silent = false;
+      }
       const bytes = greeting instanceof Uint8Array
         ? greeting
         : toBytes(await greeting(clientOf(conn)));
-
-      // Step 6: write. First writes take turns, see WriteGroups.
+      // First writes take turns, see WriteGroups.
       await this.#firstWrites.turn();
       try {
         connection.written = await conn.write(pieceOf(bytes, 0));
@@ -214,9 +221,9 @@ class Server implements GreetingServer {
 
   /** Closes a connection at its deadline. */
   readonly #cutOff = (connection: Connection) => {
-    const { timeout } = this.#settings;
-    const error = new Deno.errors.TimedOut(`not greeted in ${timeout} ms`);
-    this.#close(connection, error);
+    const what = connection.silent ? "the client sent nothing" : "not greeted";
+    const message = `${what} in ${this.#settings.timeout} ms`;
+    this.#close(connection, new Deno.errors.TimedOut(message));
   };
 
   /** Tells how the greeting of a client went. */
@@ -240,6 +247,8 @@ interface Connection {
    * written, and the client has not closed its side yet. `closed`: the end.
    */
   state: "greeting" | "greeted" | "closed";
+  /** Whether the server still waits for the client to speak first. */
+  silent: boolean;
   /** When it was accepted, on the clock of `performance.now()`. */
   readonly acceptedAt: number;
   /** Bytes of the greeting that the kernel has taken. */
@@ -283,6 +292,7 @@ class Connections {
     const connection: Connection = {
       conn,
       state: "greeting",
+      silent: false,
       acceptedAt: performance.now(),
       written: 0,
       timeLeft: timeout + this.#tick,
@@ -554,6 +564,15 @@ export interface ServeOptions {
    */
   greeting?: Greeting | GreetingFunction | undefined;
   /**
+   * Wait until the client has sent something, or closed its side, before the
+   * greeting is made and sent. A client that does neither within `timeout` is cut
+   * off. This is for protocols in which the client speaks first, such as HTTP.
+   * What the client sends is thrown away.
+   *
+   * @default {false}
+   */
+  answer?: boolean | undefined;
+  /**
    * How many connections the kernel queues for accept(). The kernel cuts this
    * down to its own maximum: on Linux `net.core.somaxconn`, on macOS 128, on
    * Windows about 200.
@@ -617,9 +636,10 @@ export interface Outcome {
   milliseconds: number;
   /**
    * Why the client was not greeted, or undefined if it was. It is a
-   * `Deno.errors.TimedOut`, the reason of the abort, what the greeting function
-   * threw, or the error of the write. If a reason or what was thrown is no Error,
-   * it is the `cause` of an Error whose message contains it.
+   * `Deno.errors.TimedOut` if the client was cut off at its deadline. Otherwise it
+   * is the reason of the abort, what the greeting function threw, or the error of
+   * the read or write. If a reason or what was thrown is no Error, it is the
+   * `cause` of an Error whose message contains it.
    */
   error?: Error | undefined;
 }
@@ -656,6 +676,7 @@ const DEFAULTS = {
   timeout: 5000,
   maxConnections: 10000,
   reusePort: false,
+  answer: false,
 };
 
 /** Checked options, with their defaults. */
@@ -676,6 +697,7 @@ function checkOptions(options: ServeOptions) {
     timeout: number("timeout"),
     maxConnections: number("maxConnections"),
     reusePort: options.reusePort ?? DEFAULTS.reusePort,
+    answer: options.answer ?? DEFAULTS.answer,
     signal: options.signal,
     onOutcome: options.onOutcome,
     onAcceptError: options.onAcceptError,
@@ -738,6 +760,8 @@ Usage: deno run --allow-net server.ts [options]
                              fractions are allowed (${DEFAULTS.timeout / 1000})
   -c, --max-connections <n>  connections held at once; more wait in the
                              kernel's queue (${DEFAULTS.maxConnections})
+  -a, --answer               wait until the client has sent something, or closed
+                             its side, before the greeting is sent
   -r, --reuse-port           share the port with other processes (Linux)
   -v, --verbose              print a line for every connection
   -h, --help                 print this help
@@ -761,7 +785,8 @@ export async function parseFlags(args: string[]): Promise<
   const { _: words, ...values }: Values = parseArgs(args, {
     // deno-fmt-ignore
     alias: { p: "port", H: "hostname", g: "greeting", b: "backlog", t: "timeout",
-      c: "max-connections", r: "reuse-port", v: "verbose", h: "help", V: "version" },
+      c: "max-connections", r: "reuse-port", a: "answer", v: "verbose", h: "help",
+      V: "version" },
     // The others take no value. They are not declared as `boolean`, because then
     // parseArgs() would take --verbose=no for true.
     // deno-fmt-ignore
@@ -787,6 +812,7 @@ export async function parseFlags(args: string[]): Promise<
     ),
     maxConnections: number(values, "max-connections", maxConnections, COUNT),
     reusePort: isOn(values, "reuse-port"),
+    answer: isOn(values, "answer"),
     verbose: isOn(values, "verbose"),
     help: isOn(values, "help"),
     version: isOn(values, "version"),

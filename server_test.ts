@@ -338,9 +338,17 @@ for (
     ["closes its half", (conn: Deno.TcpConn) => conn.closeWrite()],
   ] as const
 ) {
-  test(`serve() greets a client that ${what} before it reads`, async () => {
-    for (const greeting of [new TextEncoder().encode(GREETING), LARGE]) {
-      const { server, errors } = start({ greeting });
+  test(`serve() greets a client that ${what} before it reads, with and without answer`, async () => {
+    const small = new TextEncoder().encode(GREETING);
+    for (
+      const [greeting, answer] of [
+        [small, false],
+        [small, true],
+        [LARGE, false],
+        [LARGE, true],
+      ] as const
+    ) {
+      const { server, errors } = start({ greeting, answer });
       await times(4, async () => {
         const conn = await connect(server);
         await act(conn);
@@ -397,6 +405,100 @@ test("serve() reports a client when it is greeted, not when it closes", async ()
   using conn = await connect(server);
   assertEquals((await greeted.promise).remoteAddr, conn.localAddr);
   assertEquals(server.connections, 1);
+});
+
+// ====================== serve(): clients that speak first ======================
+
+test("serve() with answer waits until a client speaks, then calls the greeting function", async () => {
+  let calls = 0;
+  const greeting = () => `${++calls}`;
+  await using server = start({ answer: true, greeting }).server;
+  const silent = await connect(server);
+  const text = receiveText(silent);
+  await until(() => server.connections === 1);
+  const second = await connect(server);
+  await send(second, 1);
+  assertEquals(await receiveText(second), "1");
+  await send(silent, 1);
+  assertEquals(await text, "2");
+});
+
+test("serve() with answer cuts off a client that says nothing", async () => {
+  const { server, outcomes, errors } = start({ answer: true, timeout: 100 });
+  assertEquals(await receiveText(await connect(server)), "");
+  await server.shutdown();
+  const [{ bytes, milliseconds }] = outcomes as [Outcome];
+  assertEquals([outcomes.length, bytes], [1, 0]);
+  assertGreaterOrEqual(milliseconds, 100);
+  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
+  assertEquals(errors()[0]!.message, "the client sent nothing in 100 ms");
+});
+
+test("serve() with answer counts the time before and after a client speaks as one", async () => {
+  const { server, outcomes, errors } = start({
+    answer: true,
+    timeout: 400,
+    greeting: () => NEVER,
+  });
+  using conn = await connect(server);
+  let late = false;
+  await until(() => server.connections === 1);
+  const timer = setTimeout(() => late = true, 400 + 250);
+  await sleep(300);
+  await send(conn, 1);
+  await until(() => outcomes.length === 1);
+  clearTimeout(timer);
+  assertEquals(late, false);
+  assertEquals(errors()[0]!.message, "not greeted in 400 ms");
+  await server.shutdown();
+});
+
+test("serve() with answer reports a client that resets before it speaks", async () => {
+  const { server, outcomes, errors } = start({ answer: true });
+  const socket = new Socket();
+  socket.connect(server.addr.port, "127.0.0.1");
+  await until(() => server.connections === 1);
+  socket.resetAndDestroy();
+  await server.shutdown();
+  assertEquals(outcomes.length, 1);
+  assertInstanceOf(errors()[0], Deno.errors.ConnectionReset);
+});
+
+test("serve() with answer writes first writes in groups, too", async () => {
+  using writes = holdWrites();
+  await using server = start({ answer: true }).server;
+  const conns = await times(10, () => connect(server));
+  for (const conn of conns) await send(conn, 1);
+  await writes.release(1);
+  await writes.release(9);
+  await assertAllGreeted(conns);
+});
+
+test("shutdown() greets clients that speak meanwhile, and waits for silent ones until their deadline", async () => {
+  const { server, errors } = start({ answer: true, timeout: 300 });
+  const silent = await connect(server);
+  const speaker = await connect(server);
+  await until(() => server.connections === 2);
+  const shut = server.shutdown();
+  await send(speaker, 1);
+  await assertAllGreeted([speaker]);
+  assertEquals(await receiveText(silent), "");
+  await shut;
+  const [greeted, cutOff] = errors();
+  assertEquals(greeted, undefined);
+  assertInstanceOf(cutOff, Deno.errors.TimedOut);
+});
+
+test("serve() with answer is an HTTP target that fetch() accepts, 300 times", async () => {
+  const greeting =
+    "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nOK\n";
+  const { server, errors } = start({ answer: true, greeting });
+  for (let i = 0; i < 300; i++) {
+    const response = await fetch(`http://127.0.0.1:${server.addr.port}/health`);
+    assertEquals([response.status, await response.text()], [200, "OK\n"]);
+  }
+  await server.shutdown();
+  assertEquals(errors(), Array(300).fill(undefined));
 });
 
 // =========================== serve(): the deadlines ===========================
@@ -950,6 +1052,16 @@ test("an aborted signal closes greeted clients that linger, at once", async () =
   conn.close();
 });
 
+test("an aborted signal closes clients that have not spoken yet, at once", async () => {
+  const { server, errors, abort } = startAbortable({ answer: true });
+  using _conn = await connect(server);
+  await until(() => server.connections === 1);
+  abort();
+  assertEquals(server.connections, 0);
+  await server.finished;
+  assertEquals(errors(), [REASON]);
+});
+
 test("an aborted signal closes those that wait for their group", async () => {
   using writes = holdWrites();
   const { server, errors, abort } = startAbortable();
@@ -1223,6 +1335,7 @@ const NO_FLAGS = {
   timeout: 5000,
   maxConnections: 10000,
   reusePort: false,
+  answer: false,
   verbose: false,
   help: false,
   version: false,
@@ -1248,8 +1361,9 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
     [{ timeout: 1002 }, "-t 1.0015"],
     [{ maxConnections: 7 }, "--max-connections 7", "-c 7"],
     [{ reusePort: true }, "--reuse-port", "-r"],
+    [{ answer: true }, "--answer", "-a"],
     [{ verbose: true }, "--verbose", "-v"],
-    [{ reusePort: true, verbose: true, port: 80 }, "-rv -p 80"],
+    [{ reusePort: true, answer: true, port: 80 }, "-ra -p 80"],
     [{ help: true }, "--help", "-h"],
     [{ version: true }, "--version", "-V"],
   ];
@@ -1291,6 +1405,7 @@ const BAD_COMMAND_LINES: [string, ...string[]][] = [
   ]),
   [`--verbose takes no value, and was given "no"`, "--verbose=no", "-v|no"],
   [`--verbose takes no value, and was given "p80"`, "-vp80"],
+  [`--answer takes no value, and was given "no"`, "--answer=no"],
   ["--help takes no value", "--help=yes"],
   [`unknown flag "--prot"`, "--prot|80"],
   [`unknown flag "--no-port"`, "--no-port"],
@@ -1317,7 +1432,7 @@ test("parseFlags() names what is wrong, in one line", async () => {
 
 test("parseFlags() gives valid options or one line for any arguments", async () => {
   const names = "port hostname greeting backlog timeout max-connections " +
-    "reuse-port verbose help version p H g b t c r v h V x no-port _ __proto__ " +
+    "reuse-port answer verbose help version p H g b t c r a v h V x no-port _ __proto__ " +
     "constructor port.a toString";
   const pieces = [
     ...names.split(" ").flatMap((n) => [`--${n}`, `-${n}`, `--${n}=`, n]),
@@ -1342,7 +1457,7 @@ test("parseFlags() gives valid options or one line for any arguments", async () 
     // Checks the options first, and then throws the reason.
     assertThrows(() => serve({ ...flags, signal }), Error, "enough");
     assert(flags.hostname !== "" && flags.greeting !== "");
-    for (const name of ["reusePort", "verbose", "help", "version"] as const) {
+    for (const name of ["reusePort", "answer", "verbose", "help"] as const) {
       assertEquals(typeof flags[name], "boolean");
     }
   }
@@ -1517,6 +1632,16 @@ for (
     assertEquals(await server.stop(), stopped(1));
   });
 }
+
+it("waits for the client to speak with --answer", async () => {
+  const server = await launch(["--answer"]);
+  using silent = await server.connect();
+  assertEquals((await sh(`echo Hello | ${server.nc}`)).out, GREETING);
+  assertEquals((await sh(`${server.nc} -N </dev/null`)).out, GREETING);
+  await silent.write(new Uint8Array(1));
+  await assertAllGreeted([silent]);
+  assertEquals(await server.stop(), stopped(3));
+});
 
 it("prints a line for every connection with --verbose", async () => {
   const args = ["--verbose", "--timeout=2", "--greeting=-"];
