@@ -1876,6 +1876,20 @@ console.log(await new Response(conn.readable).text());`;
   assertEquals([code, out], [0, `${GREETING}\n`.repeat(6)], err);
 });
 
+it("has programs in the README that type-check", async () => {
+  const programs = [...readme.matchAll(/^```ts ignore\n([^]*?)^```/gm)];
+  assertEquals(programs.length, 3);
+  for (const [, program] of programs) {
+    const { code, err } = await sh(
+      `dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cd "$dir" &&
+      printf '%s\nexport {};' "$2" >program.ts && "$1" check program.ts`,
+      Deno.execPath(),
+      program!,
+    );
+    assertEquals(code, 0, err);
+  }
+});
+
 it("says in one line that a lone copy lacks @std/cli, with exit code 1", async () => {
   for (const flag of ["--port=0", "--help"]) {
     const { code, out, err } = await sh(
@@ -2220,25 +2234,61 @@ for (
   });
 }
 
-it("writes every line of a log that is read late, where that is non-blocking", async () => {
-  // A line of standard input, and what is in the FIFO comes to standard output.
+/** Starts the command line with a log that is not read until `read()` is called. */
+async function launchReadLate(command = 'exec "$@"') {
+  // A line of standard input, and cat copies the FIFO to standard output.
   const { child, connect } = await launchUnheard(
     `mkfifo $f; exec 4<&0; (exec 3<$f; rm $f; read go <&4; exec cat <&3) &
-    exec perl -MFcntl -e 'fcntl(STDERR, F_SETFL, O_WRONLY | O_NONBLOCK); exec @ARGV' "$@" 2>$f`,
+    exec 2>$f; ${command}`,
   );
-  await greetMany(connect, 3000);
   const log = watch(child.stdout);
-  const writer = child.stdin.getWriter();
-  await writer.write(new TextEncoder().encode("go\n"));
-  await until(() => log.lines().length === 3002); // with "Listening"
-  for (const line of log.lines().slice(1)) {
+  return {
+    connect,
+    lines: log.lines,
+    line: log.line,
+    async read() {
+      const writer = child.stdin.getWriter();
+      await writer.write(new TextEncoder().encode("go\n"));
+      await writer.close();
+    },
+    async stop() {
+      child.kill("SIGTERM");
+      assertEquals((await child.status).code, 0);
+      await log.end;
+    },
+  };
+}
+
+it("writes every line of a log that is read late, where that is non-blocking", async () => {
+  const server = await launchReadLate(
+    `exec perl -MFcntl -e 'fcntl(STDERR, F_SETFL, O_WRONLY | O_NONBLOCK); exec @ARGV' "$@"`,
+  );
+  await greetMany(server.connect, 3000);
+  await server.read();
+  await until(() => server.lines().length === 3002); // with "Listening"
+  for (const line of server.lines().slice(1)) {
     assertMatch(line, /^127\.0\.0\.1:\d+ greeted: 18 bytes, \d+\.\d ms$/);
   }
-  child.kill("SIGTERM");
-  await log.line(/^Stopped: 3001 greeted, 0 failed$/);
-  await writer.close();
-  assertEquals((await child.status).code, 0);
-  await log.end;
+  await server.stop();
+  assertEquals(server.lines().at(-1), "Stopped: 3001 greeted, 0 failed");
+});
+
+it("keeps a mebibyte of a log that is not read, drops later lines, and goes on when it is read", async () => {
+  const server = await launchReadLate();
+  await greetMany(server.connect, 30_000); // about 1.3 MB of log
+  await server.read();
+  await until(() => server.lines().length > 20_000);
+  const last = await server.connect();
+  await assertAllGreeted([last]);
+  const { port } = last.localAddr as Deno.NetAddr;
+  await server.line(new RegExp(`:${port} greeted`));
+  await server.stop();
+  const lines = server.lines();
+  assertMatch(lines[0]!, /^Listening/);
+  assertEquals(lines.at(-1), "Stopped: 30002 greeted, 0 failed");
+  const size = lines.join("\n").length;
+  assertGreater(size, 2 ** 20);
+  assertLess(size, 2 ** 20 + 200_000); // the pipe, and what was being written
 });
 
 // ================================= Benchmarks =================================
