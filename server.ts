@@ -96,28 +96,32 @@ class Server implements GreetingServer {
     this.#settings.signal?.removeEventListener("abort", this.#abort);
   }
 
-  /** Step 5: accept clients until the listener is closed. */
+  /**
+   * Step 5: accept clients until the listener is closed. `#queue` is told of every
+   * answer and every pause of accept(), so that a stop knows when the kernel's
+   * queue is empty.
+   */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
     while (true) {
       try {
         for await (const conn of this.#listener) {
           this.#serve(conn); // not awaited: clients are served side by side
-          this.#queue.answered(this.#connections.size);
+          this.#queue.acceptAnswered(this.#connections.size);
           if (this.#connections.size >= maxConnections) {
-            await this.#queue.pause(this.#connections.nextEnd());
+            await this.#queue.pauseAccept(this.#connections.nextEnd());
           }
         }
         return;
       } catch (error) {
         // An error of accept() ends the `for await` loop, but the listener still
         // works. So the loop starts again.
-        this.#queue.answered(this.#connections.size);
+        this.#queue.acceptAnswered(this.#connections.size);
         if (clientHasLeft(error)) continue;
         // The process may be out of file descriptors or memory. Meanwhile the
         // client waits in the kernel's queue.
         callBack(onAcceptError, error as Error);
-        await this.#queue.pause(sleep(ACCEPT_RETRY));
+        await this.#queue.pauseAccept(sleep(ACCEPT_RETRY));
       }
     }
   }
@@ -201,7 +205,7 @@ class Server implements GreetingServer {
   async #greetQueue() {
     const { timeout } = this.#settings;
     const timer = setTimeout(() => this.#closeListener(), timeout);
-    await this.#queue.empty();
+    await this.#queue.untilEmpty();
     clearTimeout(timer);
   }
 
@@ -456,7 +460,7 @@ class WriteGroups {
  * connections. With 3 turns alone, half of all stops lost 128 clients of 4,000.
  */
 class QueueWatch {
-  /** Turns after which accept() is no longer expected to answer. */
+  /** Turns of the event loop in which accept() may still answer. */
   #turnsLeft = 4;
   /** Settles when accept() is called again. */
   #pause: Promise<void> | undefined;
@@ -466,18 +470,18 @@ class QueueWatch {
    * were open. Later this number shrinks faster than accept() gets its turn, so
    * the number at the last answer counts.
    */
-  answered(open: number) {
+  acceptAnswered(open: number) {
     this.#turnsLeft = 4 + open / 25;
   }
 
   /** Waits, while no turn counts because accept() is not called. */
-  pause(until: Promise<void>): Promise<void> {
+  pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
   }
 
   /** Resolves when the queue is empty. */
-  async empty() {
+  async untilEmpty() {
     while (this.#turnsLeft > 0) {
       await this.#pause;
       this.#turnsLeft--;
