@@ -650,7 +650,7 @@ test("serve() waits for the whole timeout until a client has read more than 64 K
     // first one has come before.
     using next = await connectAndStay(server);
     const stays = size > 65_536;
-    await until(() => server.connections === (stays ? 1 : 0));
+    await within(5000, until(() => server.connections === (stays ? 1 : 0)));
     if (stays) { // or this would be answered with a reset
       await send(slow, 10);
       assert(equals(await receive(slow), large));
