@@ -2182,6 +2182,22 @@ it("holds waiting clients in little memory, and gives every descriptor back", as
   assertEquals((await server.stop()).code, 0);
 });
 
+it("does not wake up while no client is connected", async () => {
+  const server = await launch(["--timeout=0.1"]); // so a tick would be 25 ms
+  await assertAllGreeted([await server.connect()]);
+  const wakeUps = async () => {
+    const file = `/proc/${server.pid}/status`;
+    return (await sh(`awk '/^voluntary_ctxt/ { print $2 }' ${file}`)).out;
+  };
+  let before: string;
+  do {
+    before = await wakeUps();
+    await sleep(300);
+  } while (await wakeUps() !== before);
+  assertMatch(before, /^\d+\n$/);
+  assertEquals(await server.stop(), stopped(1));
+});
+
 it("writes every line of a log that is read", async () => {
   const server = await launch(["--verbose"]);
   await greetMany(server.connect, 3000);
