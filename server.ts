@@ -19,9 +19,10 @@
  * serve({ port: 9001, greeting: (client) => `${client.hostname}\n` });
  * ```
  *
- * The file follows the eight steps of a socket server. `serve()` is steps 1 to
- * 4, the class `Server` is steps 5 to 8. Below them come the mechanisms that the
- * steps call, the options, and the command line.
+ * The file follows the eight steps of a socket server. `serve()` makes steps 1 to
+ * 4: socket, address, bind, listen. The class `Server` makes steps 5 to 8: accept,
+ * read and write, close, shut down. Below them come the mechanisms that the steps
+ * call, the options, and the command line.
  *
  * @module
  */
@@ -68,8 +69,10 @@ class Server implements GreetingServer {
   readonly #listener: Deno.TcpListener;
   readonly #settings: Settings;
   readonly #connections: Connections;
+  /** Tells every connection when it may begin to write. */
   readonly #firstWrites = new WriteGroups();
-  readonly #queue = new QueueWatch();
+  /** Tells, at a stop, when the kernel's queue of clients is empty. */
+  readonly #queueWatch = new QueueWatch();
   readonly #stop = Promise.withResolvers<void>();
 
   constructor(listener: Deno.TcpListener, settings: Settings) {
@@ -97,9 +100,8 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Step 5: accept clients until the listener is closed. `#queue` is told of every
-   * answer and every pause of accept(), so that a stop knows when the kernel's
-   * queue is empty.
+   * Step 5: accept clients until the listener is closed. `#queueWatch` is told
+   * when accept() has given a client or an error, and when it is not called.
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
@@ -107,21 +109,21 @@ class Server implements GreetingServer {
       try {
         for await (const conn of this.#listener) {
           this.#serve(conn); // not awaited: clients are served side by side
-          this.#queue.acceptAnswered(this.#connections.size);
+          this.#queueWatch.acceptAnswered(this.#connections.size);
           if (this.#connections.size >= maxConnections) {
-            await this.#queue.pauseAccept(this.#connections.nextEnd());
+            await this.#queueWatch.pauseAccept(this.#connections.nextEnd());
           }
         }
         return;
       } catch (error) {
         // An error of accept() ends the `for await` loop, but the listener still
         // works. So the loop starts again.
-        this.#queue.acceptAnswered(this.#connections.size);
+        this.#queueWatch.acceptAnswered(this.#connections.size);
         if (clientHasLeft(error)) continue;
         // The process may be out of file descriptors or memory. Meanwhile the
         // client waits in the kernel's queue.
         callBack(onAcceptError, error as Error);
-        await this.#queue.pauseAccept(sleep(ACCEPT_RETRY));
+        await this.#queueWatch.pauseAccept(sleep(ACCEPT_RETRY));
       }
     }
   }
@@ -136,9 +138,9 @@ class Server implements GreetingServer {
       // Step 6: read, then write. Nobody looks at what the client says, so the
       // server reads first only if it is told to let the client speak first.
       if (answer) {
-        connection.silent = true;
+        connection.waitsForClient = true;
         await conn.read(SINK);
-        connection.silent = false;
+        connection.waitsForClient = false;
       }
       const bytes = greeting instanceof Uint8Array
         ? greeting
@@ -151,8 +153,8 @@ class Server implements GreetingServer {
         this.#firstWrites.done();
       }
       // A write may take only a part, so the rest of a large greeting follows.
-      // The server has to read meanwhile: a client that sends more than the
-      // buffers hold reads nothing until it has sent all.
+      // The server has to read meanwhile. A client may send all that it has before
+      // it reads. If the server did not read, each would wait for the other.
       let drained: Promise<void> | undefined;
       while (connection.written < bytes.length) {
         drained ??= drain(conn);
@@ -160,7 +162,9 @@ class Server implements GreetingServer {
           pieceOf(bytes, connection.written),
         );
       }
-      if (connection.state === "closed") return; // cut off in the same moment
+      // The deadline may have come after the kernel took the greeting and before
+      // the server heard of it. Then the client has been reported as failed.
+      if (connection.state === "closed") return;
       connection.state = "greeted";
       this.#connections.setDeadline(connection, lingerTime(bytes, timeout));
       this.#report(connection);
@@ -178,8 +182,8 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Step 7: close. Safe to call twice. Pending operations of the connection
-   * reject, and `#serve` ignores that.
+   * Step 7: close. Operations of the connection that are still pending reject
+   * then. `#serve` catches that and calls this again, which does nothing.
    */
   #close(connection: Connection, reason?: unknown) {
     const { conn, state } = connection;
@@ -190,7 +194,10 @@ class Server implements GreetingServer {
     if (state === "greeting") this.#report(connection, toError(reason));
   }
 
-  /** Step 8: shut down. An arrow function, so that it works without its object. */
+  /**
+   * Step 8: shut down. An arrow function keeps its `this`, so a user can write
+   * `const { shutdown } = serve()`.
+   */
   readonly shutdown = (): Promise<void> => {
     this.#stop.resolve();
     return this.finished;
@@ -205,13 +212,13 @@ class Server implements GreetingServer {
   async #greetQueue() {
     const { timeout } = this.#settings;
     const timer = setTimeout(() => this.#closeListener(), timeout);
-    await this.#queue.untilEmpty();
+    await this.#queueWatch.untilEmpty();
     clearTimeout(timer);
   }
 
   #closeListener() {
     this.#listener[Symbol.dispose](); // close(), but safe to call twice
-    this.#queue.giveUp();
+    this.#queueWatch.giveUp();
   }
 
   /** Shuts down at once, because `signal` was aborted. */
@@ -223,9 +230,11 @@ class Server implements GreetingServer {
     this.#stop.resolve();
   };
 
-  /** Closes a connection at its deadline. */
+  /** Closes a connection at its deadline. The error is for clients not greeted. */
   readonly #cutOff = (connection: Connection) => {
-    const what = connection.silent ? "the client sent nothing" : "not greeted";
+    const what = connection.waitsForClient
+      ? "the client sent nothing"
+      : "not greeted";
     const message = `${what} in ${this.#settings.timeout} ms`;
     this.#close(connection, new Deno.errors.TimedOut(message));
   };
@@ -252,7 +261,7 @@ interface Connection {
    */
   state: "greeting" | "greeted" | "closed";
   /** Whether the server still waits for the client to speak first. */
-  silent: boolean;
+  waitsForClient: boolean;
   /** When it was accepted, on the clock of `performance.now()`. */
   readonly acceptedAt: number;
   /** Bytes of the greeting that the kernel has taken. */
@@ -264,14 +273,17 @@ interface Connection {
 }
 
 /**
- * The open connections. One timer, the ticker, counts the deadlines of all of
- * them down. A deadline read off the clock would cut clients off after the
- * process was suspended, for time in which the server itself did nothing.
+ * The open connections. One timer, the ticker, counts down the time that each of
+ * them has left. It does not look at the clock, which goes on while the process is
+ * suspended: clients would be cut off for time in which the server did nothing.
  */
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
   readonly #open: Connection[] = [];
-  /** The length of a tick, in milliseconds. */
+  /**
+   * The length of a tick, in milliseconds. A connection is closed up to a tick
+   * after its deadline. So a tick is no more than a quarter of the timeout.
+   */
   readonly #tick: number;
   readonly #cutOff: (connection: Connection) => void;
   /** It runs only while there are connections: an idle server uses no CPU. */
@@ -296,12 +308,13 @@ class Connections {
     const connection: Connection = {
       conn,
       state: "greeting",
-      silent: false,
+      waitsForClient: false,
       acceptedAt: performance.now(),
       written: 0,
-      timeLeft: timeout + this.#tick,
+      timeLeft: NaN,
       index: this.#open.length,
     };
+    this.setDeadline(connection, timeout);
     this.#open.push(connection);
     this.#ticker ??= setInterval(() => this.#countDown(), this.#tick);
     return connection;
@@ -319,7 +332,7 @@ class Connections {
 
   /** Cuts the connection off after at least so many milliseconds from now. */
   setDeadline(connection: Connection, milliseconds: number) {
-    // One tick more, as the next one may come at once.
+    // One tick more, because the next tick may come at once.
     connection.timeLeft = milliseconds + this.#tick;
   }
 
@@ -336,7 +349,10 @@ class Connections {
     this.#ticker = undefined;
   }
 
-  /** Resolves when a connection ends. Only one caller can wait at a time. */
+  /**
+   * Resolves when a connection ends. Only one caller can wait at a time: while it
+   * runs the accept loop, and then `allEnded()`.
+   */
   nextEnd(): Promise<void> {
     return new Promise((resolve) => this.#onEnd = resolve);
   }
@@ -345,7 +361,9 @@ class Connections {
   async allEnded() {
     while (this.size > 0) await this.nextEnd();
     this.#stopTicker();
-    await sleep(0); // lets the pending operations of closed connections reject
+    // The pending operations of closed connections reject in the next turn. A
+    // test that ended before that would be told that it leaks them.
+    await sleep(0);
   }
 }
 
@@ -355,8 +373,10 @@ class Connections {
 const MAX_WRITE = 256 * 1024;
 
 /**
- * The part of a greeting to write next. Windows takes a write of any size and
- * keeps it in memory, so a client that reads nothing would count as greeted.
+ * The part of a greeting to write next. Windows takes a whole write, however large,
+ * if its buffer is not full yet. So it would take all of a large greeting at once,
+ * and a client that reads nothing would count as greeted. Of several small writes
+ * it takes only those that fill the buffer; the next one waits for the client.
  */
 function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
   return greeting.subarray(start, start + MAX_WRITE);
@@ -366,9 +386,10 @@ function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
 const SINK = new Uint8Array(256 * 1024);
 
 /**
- * Reads and throws away what the client sends, until it closes its side. Without
- * the `sleep(0)`, four clients that send without end would delay all others by
- * 250 ms.
+ * Reads and throws away what the client sends, until it closes its side. If a
+ * client sends without end, data is always there, and the loop would never let
+ * others have a turn but for the `sleep(0)`. Without it four such clients delayed
+ * all others by 250 ms.
  */
 async function drain(conn: Deno.TcpConn) {
   try {
@@ -380,16 +401,21 @@ async function drain(conn: Deno.TcpConn) {
 
 /** How long a greeted client may take to close its side, in milliseconds. */
 const LINGER = 1000;
-/** Above this many bytes, the client may need longer to read the greeting. */
+/**
+ * Above this many bytes, the client may need longer to read the greeting. A link
+ * of 0.5 Mbit/s carries as much in a second.
+ */
 const LARGE_GREETING = 64 * 1024;
 
 /**
  * How long a greeted client has to close its side before the server closes the
- * connection. Less would reset clients that still send, more would keep places
- * from others. But the kernel takes up to 4 MB at once, so a client on a slow
- * link may still be reading a large greeting long after it counts as greeted. If
- * it sends something after the server has closed, a reset destroys the rest. So
- * a large greeting gets the whole timeout.
+ * connection. In a shorter time, clients that still send would be reset. In a
+ * longer one, clients that never close could fill all of `maxConnections`.
+ *
+ * But the kernel takes up to 4 MB at once, so a client on a slow link may still be
+ * reading a large greeting long after it counts as greeted. If it sends something
+ * after the server has closed, a reset destroys the rest. So the client of a large
+ * greeting has the whole timeout.
  */
 function lingerTime(greeting: Uint8Array, timeout: number): number {
   if (greeting.length > LARGE_GREETING) return timeout;
@@ -404,7 +430,9 @@ function clientHasLeft(error: unknown): boolean {
   return error instanceof Deno.errors.NotConnected ||
     error instanceof Deno.errors.ConnectionAborted ||
     error instanceof Deno.errors.ConnectionReset || // on Windows
-    error instanceof TypeError; // on macOS: EINVAL from getpeername()
+    // On macOS: accept() asks for the client's address, and getpeername() fails
+    // with EINVAL, for which Deno throws a TypeError.
+    error instanceof TypeError;
 }
 
 // ==================== First writes: fair to thousands ====================
@@ -414,10 +442,14 @@ function clientHasLeft(error: unknown): boolean {
  * that become ready wait for the next group, which starts as a whole.
  *
  * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
- * A write that misses its turn would queue behind all newer ones. Without groups
- * some of 4,000 clients that come at once would wait for more than a second,
- * with groups all wait about the same time. To accept fewer clients at a time
- * would not help: then the kernel's queue overflows and clients are lost.
+ * The other writes are tried again in the next turn, but behind the writes that
+ * have begun since. While new clients keep coming, the same writes can be overtaken
+ * again and again: some of 4,000 clients that came at once waited for more than a
+ * second. In groups they wait about equally long, because no newer write begins
+ * before all writes of the group are done.
+ *
+ * To accept fewer clients at a time would not help: then the kernel's queue
+ * overflows and clients are lost.
  *
  * A group is short. A first write goes into an empty buffer, so it does not wait
  * for its client; if the kernel is out of memory, the deadlines end it.
@@ -452,44 +484,48 @@ class WriteGroups {
 /**
  * Finds out when accept() has handed over all clients of the kernel's queue.
  *
- * No call tells the length of the queue. While accept() answers, the queue may
- * hold more; when it no longer answers, the queue is empty. But the answer can be
- * late: accept() waits behind up to three operations of every open connection,
- * and the runtime completes 128 operations in a turn of the event loop. So the
- * queue counts as empty after 4 turns without an answer, plus one for every 25
- * connections. With 3 turns alone, half of all stops lost 128 clients of 4,000.
+ * No call tells the length of the queue. While accept() gives clients, there may
+ * be more; when it gives no more, the queue is empty. But a client can come late:
+ * accept() waits behind up to three operations of every open connection (write,
+ * half-close, read), and the runtime completes 128 operations in a turn of the
+ * event loop. That is a turn for every 43 connections. So the queue counts as empty
+ * after 4 turns without a client, plus one for every 25 connections, which leaves
+ * a margin. With 3 turns in all, half of all stops lost 128 clients of 4,000.
  */
 class QueueWatch {
-  /** Turns of the event loop in which accept() may still answer. */
+  /** In how many turns of the event loop accept() may still give a client. */
   #turnsLeft = 4;
-  /** Settles when accept() is called again. */
+  /** Resolves when accept() is called again. */
   #pause: Promise<void> | undefined;
 
   /**
-   * accept() has answered, with a client or an error, while `open` connections
-   * were open. Later this number shrinks faster than accept() gets its turn, so
-   * the number at the last answer counts.
+   * accept() has given a client or an error, while `open` connections were open.
+   * This number counts, even if some of them are closed before the next client:
+   * the operations that delay accept() have already begun.
    */
   acceptAnswered(open: number) {
     this.#turnsLeft = 4 + open / 25;
   }
 
-  /** Waits, while no turn counts because accept() is not called. */
+  /** Waits. Meanwhile accept() is not called, so turns do not count. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
   }
 
-  /** Resolves when the queue is empty. */
+  /** Resolves when the queue is empty, or soon after `giveUp()`. */
   async untilEmpty() {
     while (this.#turnsLeft > 0) {
       await this.#pause;
       this.#turnsLeft--;
-      await sleep(0);
+      await sleep(0); // lasts one turn
     }
   }
 
-  /** The listener is closed, so accept() answers no more. */
+  /**
+   * The listener is closed, so accept() gives no more clients. A pause need not be
+   * broken off: it ends after 10 ms, or when the next connection ends.
+   */
   giveUp() {
     this.#turnsLeft = 0;
   }
@@ -498,8 +534,8 @@ class QueueWatch {
 // ============================== Small helpers ==============================
 
 /**
- * The runtime's own timers, bound when this module is loaded. A test that fakes
- * the timers later (FakeTime, sinon) does not stop the server.
+ * The runtime's own timers, kept since this module was loaded. If a test fakes the
+ * timers later (FakeTime, sinon), the server still works.
  */
 const { setTimeout, clearTimeout, setInterval, clearInterval, queueMicrotask } =
   globalThis;
@@ -509,8 +545,9 @@ function sleep(milliseconds: number): Promise<void> {
 }
 
 /**
- * Calls a callback of the user soon, outside of the server's own code. So an
- * error that it throws is an uncaught error, and it can call the server back.
+ * Calls a callback of the user soon, when the server's own code has returned. So an
+ * error of the callback is an uncaught error, and does not break off the server's
+ * code. And the callback may call `shutdown()` or abort the signal.
  */
 function callBack<T>(callback: ((value: T) => void) | undefined, value: T) {
   if (callback) queueMicrotask(() => callback(value));
@@ -689,6 +726,7 @@ type Settings = ReturnType<typeof checkOptions>;
 function checkOptions(options: ServeOptions) {
   const { greeting = DEFAULTS.greeting } = options;
   function number(name: keyof typeof RANGES): number {
+    // Only undefined stands for the default; null is an error.
     const { [name]: value = DEFAULTS[name] } = options;
     return checkNumber(name, value, RANGES[name]);
   }
@@ -745,7 +783,7 @@ function checkNumber(
 
 // ============================= The command line =============================
 
-/** The version in `deno.json`. It stands here for copies of this file alone. */
+/** As in `deno.json`, which a copy of this file alone does not have. */
 const VERSION = "1.0.0";
 
 const HELP = `Writes a greeting to every TCP client and closes the connection.
@@ -773,7 +811,8 @@ Usage: deno run --allow-net server.ts [options]
 `;
 
 /**
- * Parses a command line. A greeting of `-` stands for standard input.
+ * Parses a command line. A greeting of `-` stands for standard input. It is
+ * exported for the tests.
  *
  * @throws {Error} There is an unknown flag, a stray word, or a bad or missing
  * value. The message is one line.
@@ -803,13 +842,14 @@ export async function parseFlags(args: string[]): Promise<
   unknown.push(...words as string[]); // the words after --
 
   const greeting = text(values, "greeting", DEFAULTS.greeting);
-  const isWhole = greeting === "-" || greeting.endsWith("\n");
-  const seconds: Range = { kind: "number", min: 0.001, max: 2147483 };
+  const needsNewline = greeting !== "-" && !greeting.endsWith("\n");
+  const maxSeconds = Math.floor(MAX_INT32 / 1000);
+  const seconds: Range = { kind: "number", min: 0.001, max: maxSeconds };
   const { port, tcpBacklog, timeout, maxConnections } = DEFAULTS;
   const flags = {
     hostname: text(values, "hostname", DEFAULTS.hostname),
     port: number(values, "port", port, RANGES.port),
-    greeting: isWhole ? greeting : greeting + "\n",
+    greeting: needsNewline ? greeting + "\n" : greeting,
     tcpBacklog: number(values, "backlog", tcpBacklog, COUNT),
     timeout: Math.round(
       1000 * number(values, "timeout", timeout / 1000, seconds),
@@ -858,7 +898,7 @@ function hostPort({ hostname, port }: { hostname: string; port: number }) {
 
 /** A client's command that works on this machine. */
 function clientFor({ hostname, port }: Deno.NetAddr): string {
-  // Not `localhost`, which may be ::1 only.
+  // Not `localhost`, for which some clients try ::1 alone.
   const any: Record<string, string> = { "0.0.0.0": "127.0.0.1", "::": "::1" };
   return `nc ${any[hostname] ?? hostname} ${port}`;
 }
@@ -909,7 +949,8 @@ async function write(stream: typeof Deno.stderr, text: string) {
     try {
       written += await stream.write(bytes.subarray(written));
     } catch (error) {
-      // The pipe is full, and another program has made it non-blocking.
+      // The pipe is full. Elsewhere a write would wait, but another process that
+      // writes to the same pipe has made it non-blocking.
       if (!(error instanceof Deno.errors.WouldBlock)) throw error;
       await sleep(10);
     }
@@ -998,6 +1039,7 @@ async function run(flags: Awaited<ReturnType<typeof parseFlags>>) {
   const greeting = options.greeting === "-"
     ? await readGreeting().catch(cannot("read standard input"))
     : options.greeting;
+  // Nothing but Deno.listen() fails in it.
   await greetUntilSignal({ ...options, greeting }, verbose)
     .catch(cannot(`listen on ${hostPort(options)}`));
 }
@@ -1008,6 +1050,8 @@ async function main(args: string[]): Promise<number> {
     log.say(line);
     return exitCode;
   }
+  // parseFlags() loads this, too. Here it is tried first, because its failure is
+  // not a mistake in the flags: the exit code is 1, not 2.
   try {
     await import("@std/cli/parse-args");
   } catch (error) {
