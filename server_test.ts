@@ -2299,8 +2299,8 @@ it("keeps a mebibyte of a log that is not read, drops later lines, and goes on w
 const MESSAGE = new TextEncoder().encode(GREETING);
 const SINK = new Uint8Array(262144);
 
-/** What examples show: no half-close, no drain, no deadline. */
-async function bare(conn: Deno.TcpConn) {
+/** The plain loop of the README: no half-close, no drain, no deadline. */
+async function plain(conn: Deno.TcpConn) {
   await conn.write(MESSAGE);
   conn.close();
 }
@@ -2344,7 +2344,7 @@ async function load(port: number, atOnce: number, total: number) {
 for (const atOnce of [1, 64]) {
   for (
     const [name, launch] of [
-      ["bare loop", () => loop(bare)],
+      ["plain loop", () => loop(plain)],
       ["floor", () => loop(floor)],
       ["serve()", greetingServer],
     ] as const
