@@ -20,7 +20,9 @@ import {
 } from "@std/assert";
 import { concat, equals, startsWith } from "@std/bytes";
 import { Buffer } from "node:buffer";
+import * as http from "node:http";
 import { Socket } from "node:net";
+import { setImmediate } from "node:timers/promises";
 import config from "./deno.json" with { type: "json" };
 import readme from "./README.md" with { type: "text" };
 import {
@@ -52,9 +54,6 @@ const GREETING = "Hello from server\n";
 const LARGE = new Uint8Array(
   new Uint32Array(5 << 20).map((_, i) => i).buffer,
 );
-/** The error of some aborts and greeting functions. */
-const REASON = new Error("enough");
-const NEVER = new Promise<never>(() => {});
 
 /**
  * A test that fails if it takes a minute, or at the first uncaught error. Deno
@@ -85,6 +84,13 @@ function onUncaughtError(handle: (error: Error) => void): Disposable {
   };
 }
 
+/** What most tests need of a server. */
+interface Server {
+  readonly addr: Deno.NetAddr;
+  readonly finished: Promise<unknown>;
+  shutdown(): Promise<unknown>;
+}
+
 /** A server on a free port of 127.0.0.1 that notes how its clients fared. */
 function start(options: ServeOptions = {}) {
   const outcomes: Outcome[] = [];
@@ -98,8 +104,8 @@ function start(options: ServeOptions = {}) {
   return { server, outcomes, errors };
 }
 
-function connect(server: GreetingServer): Promise<Deno.TcpConn> {
-  return Deno.connect({ hostname: "127.0.0.1", port: server.addr.port });
+function connect({ addr: { port } }: Server): Promise<Deno.TcpConn> {
+  return Deno.connect({ hostname: "127.0.0.1", port });
 }
 
 /** Connects, reads the greeting, and keeps the connection open. */
@@ -112,6 +118,15 @@ async function connectAndStay(server: GreetingServer): Promise<Deno.TcpConn> {
 /** Calls a function so many times at once. */
 function times<T>(count: number, fn: (i: number) => Promise<T>): Promise<T[]> {
   return Promise.all(Array.from({ length: count }, (_, i) => fn(i)));
+}
+
+/** The same, 50 at once: the queues of macOS and Windows hold little more. */
+async function inTurn<T>(count: number, fn: () => Promise<T>): Promise<T[]> {
+  const results: T[] = [];
+  while (results.length < count) {
+    results.push(...await times(Math.min(50, count - results.length), fn));
+  }
+  return results;
 }
 
 /** Reads to the end, and closes. Rejects if the connection is reset. */
@@ -132,11 +147,11 @@ async function assertAllGreeted(conns: Deno.Conn[]): Promise<void> {
   assertEquals(texts, Array(conns.length).fill(GREETING));
 }
 
-async function assertGreets(server: GreetingServer): Promise<void> {
+async function assertGreets(server: Server): Promise<void> {
   await assertAllGreeted([await connect(server)]);
 }
 
-async function assertRefuses(server: GreetingServer): Promise<void> {
+async function assertRefuses(server: Server): Promise<void> {
   await assertRejects(() => connect(server), Deno.errors.ConnectionRefused);
 }
 
@@ -169,25 +184,331 @@ async function within<T>(milliseconds: number, promise: Promise<T>) {
   return value;
 }
 
-// =========================== serve(): the greeting ===========================
+/** What tests with processes need: Linux, sh, nc, script, ss, setpriv, /proc. */
+const isLinux = Deno.build.os === "linux";
+const hasProcesses = isLinux &&
+  Deno.permissions.querySync({ name: "run" }).state === "granted";
 
-test("serve() reports the address, the bytes and the time of a greeted client", async () => {
+const SERVER = `${import.meta.dirname}/server.ts`;
+
+/** A command that runs a program, and that the kernel kills when the tests end. */
+function denoRun(permissions: string[] = ["--allow-net"], program = SERVER) {
+  const deno = [Deno.execPath(), "run", "--no-prompt", ...permissions, program];
+  return ["setpriv", "--pdeathsig=KILL", ...deno];
+}
+
+/** The lines of a stream, as they come. */
+function watch(stream: ReadableStream<Uint8Array>) {
+  let text = "";
+  let over = false;
+  const end = (async () => {
+    for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
+      text += piece;
+    }
+    over = true;
+  })();
+  const lines = () => text.split(/\r?\n/).slice(0, -1);
+  /** Waits for a line. */
+  async function line(pattern: RegExp): Promise<RegExpExecArray> {
+    const found = () =>
+      lines().map((line) => pattern.exec(line)).find((match) => match);
+    await until(() => found() || over);
+    const match = found();
+    if (!match) throw new Error(`no line ${pattern}: ${text}`);
+    return match;
+  }
+  return { end, lines, line };
+}
+
+// ============ What the plain loop loses, and serve() does not ============
+
+// Each test is a row of the README's table. The README's plain loop and serve() meet
+// the same clients, and the test shows what happens to both.
+
+/** A server as a tutorial writes it: steps 5 to 7, for a given listener. */
+type Loop = (
+  greeting: Uint8Array,
+  listener: Deno.TcpListener,
+) => Promise<void>;
+
+/** The plain loop as it stands in the README, and its code with the listener. */
+const [plainLoop, plainProgram] = await (async () => {
+  const [, program] = /^```ts ignore\n([^]*?)^```/m.exec(readme)!;
+  const constants = /^const (greeting|listener) = .*\n/gm;
+  assertEquals(program!.match(constants)?.length, 2);
+  const code = "export async function plainLoop(greeting: Uint8Array, " +
+    `listener: Deno.TcpListener) {${program!.replace(constants, "")}}`;
+  const module = await import(
+    `data:application/typescript,${encodeURIComponent(code)}`
+  );
+  return [module.plainLoop as Loop, program!];
+})();
+
+/** Starts a loop. When it ends, so does the program: its listener is closed. */
+function startLoop(loop: Loop, greeting?: Greeting): Server {
+  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const close = () => listener[Symbol.dispose]();
+  const bytes = new Uint8Array(Buffer.from(greeting ?? GREETING));
+  const finished = loop(bytes, listener).catch((error) => error).finally(close);
+  return {
+    addr: listener.addr,
+    finished,
+    async shutdown() {
+      close();
+      await finished;
+    },
+  };
+}
+
+/** What clients see of the plain loop, and what the same clients see of serve(). */
+async function bothSee<T>(
+  clients: (server: Server) => Promise<T>,
+  greeting?: Greeting,
+): Promise<[plain: T, served: T]> {
+  const results: T[] = [];
+  for (
+    const server of [startLoop(plainLoop, greeting), start({ greeting }).server]
+  ) {
+    results.push(await clients(server));
+    await server.shutdown();
+  }
+  return results as [T, T];
+}
+
+/** Connects and resets the connection, after `bytes` bytes have come. */
+async function connectAndReset(port: number, bytes = 0): Promise<void> {
+  const socket = new Socket();
+  await new Promise<void>((resolve, reject) => {
+    const reset = () => {
+      if (socket.bytesRead >= bytes) socket.resetAndDestroy();
+    };
+    socket.once("connect", reset);
+    socket.on("data", reset);
+    socket.once("close", () => resolve());
+    socket.once("error", reject);
+    socket.connect(port, "127.0.0.1");
+  });
+}
+
+/** The program of `clientsOfBlocked()`. */
+function clientThread() {
+  const thread = self as unknown as Worker;
+  thread.onmessage = async ({ data: { port, resets, count, done } }) => {
+    for (let i = 0; i < resets; i++) await connectAndReset(port);
+    const conns: Deno.Conn[] = [];
+    while (conns.length < count) {
+      const conn = await Deno.connect({ hostname: "127.0.0.1", port });
+      await conn.write(new Uint8Array(1));
+      conns.push(conn);
+    }
+    Atomics.store(done, 0, 1);
+    Atomics.notify(done, 0);
+    const texts = conns.map(async (conn) => {
+      let text = "";
+      const decoder = new TextDecoderStream();
+      try {
+        for await (const piece of conn.readable.pipeThrough(decoder)) {
+          text += piece;
+        }
+        return text;
+      } catch (error) {
+        return text + (error as Error).name;
+      }
+    });
+    thread.postMessage(await Promise.all(texts));
+  };
+}
+
+/**
+ * Runs clients in a thread of their own while this thread, and so the server, is
+ * blocked. Some reset their connections. Then `count` connect, each sends a byte, and
+ * `afterwards` is called. Resolves with what these read, and the name of an error.
+ */
+async function clientsOfBlocked(
+  server: Server,
+  { resets = 0, count = 100, afterwards = () => {} } = {},
+): Promise<string[]> {
+  const program = `import { Socket } from "node:net";
+    ${connectAndReset} (${clientThread})();`;
+  const url = `data:application/javascript,${encodeURIComponent(program)}`;
+  const thread = new Worker(url, { type: "module" });
+  const done = new Int32Array(new SharedArrayBuffer(4));
+  thread.postMessage({ port: server.addr.port, resets, count, done });
+  Atomics.wait(done, 0, 0);
+  afterwards();
+  const { data } = await new Promise<MessageEvent<string[]>>((resolve) =>
+    thread.onmessage = resolve
+  );
+  thread.terminate();
+  return data;
+}
+
+test("the plain loop cuts a large greeting if the client reads late, serve() does not", async () => {
+  const [plain, served] = await bothSee(async (server) => {
+    const late = await connect(server);
+    const next = await connect(server);
+    await next.read(new Uint8Array(1)); // the server has written to both now
+    next.close();
+    return (await receive(late)).length;
+  }, LARGE);
+  assertLess(plain, LARGE.length);
+  assertEquals(served, LARGE.length);
+});
+
+test(
+  "the plain loop cuts a greeting of 1 MB if the client has sent something, serve() does not",
+  async () => {
+    const greeting = "x".repeat(1_000_000);
+    const [plain, served] = await bothSee(
+      (server) => clientsOfBlocked(server, { count: 1 }),
+      greeting,
+    );
+    assertLess(plain[0]!.length, greeting.length); // it ends with an error
+    assertEquals(served, [greeting]);
+  },
+  !isLinux, // elsewhere the client may see no error, or all may be lost
+);
+
+test(
+  "the plain loop ends when clients reset in the queue, serve() greets those behind them",
+  async () => {
+    let error: unknown;
+    const [plain, served] = await bothSee(async (server) => {
+      server.finished.then((value) => error ??= value);
+      return await clientsOfBlocked(server, { resets: 5 });
+    });
+    assertInstanceOf(error, Deno.errors.NotConnected);
+    assertEquals(plain, Array(100).fill("ConnectionReset"));
+    assertEquals(served, Array(100).fill(GREETING));
+  },
+  !isLinux, // other systems give accept() the error, or a client that works
+);
+
+test("the plain loop resets the clients in the queue at a stop, serve() greets them", async () => {
+  const [plain, served] = await bothSee((server) =>
+    clientsOfBlocked(server, { afterwards: () => void server.shutdown() })
+  );
+  assertEquals(plain, Array(100).fill("ConnectionReset"));
+  assertEquals(served, Array(100).fill(GREETING));
+});
+
+test(
+  "the plain loop ends without free file descriptors, serve() goes on",
+  async () => {
+    const announced = "port: 0 });\nconsole.log(listener.addr.port);\n";
+    const served = `import { serve } from "${SERVER}";
+      console.log(serve({ port: 0 }).addr.port);`;
+    const programs = [
+      plainProgram.replace(/port: 9000.*\n/, announced),
+      served,
+    ];
+    const greeted = await Promise.all(programs.map(async (program) => {
+      const child = new Deno.Command("sh", {
+        args: [
+          "-c",
+          'ulimit -n 64; exec "$@"',
+          "sh",
+          ...denoRun(["--allow-net"], "-"),
+        ],
+        stdin: "piped",
+        stdout: "piped",
+        stderr: "null",
+      }).spawn();
+      const input = new Blob([program]).stream();
+      await input.pipeTo(child.stdin);
+      const output = watch(child.stdout);
+      const [port] = await output.line(/\d+/);
+      child.kill("SIGSTOP"); // so that all of them come at once
+      const connect = () => Deno.connect({ port: Number(port) });
+      const conns = await times(100, connect);
+      child.kill("SIGCONT");
+      const texts = await Promise.allSettled(conns.map(receiveText));
+      try {
+        child.kill();
+      } catch {
+        // It has ended by itself.
+      }
+      const { code } = await child.status;
+      await output.end;
+      const count = texts.filter((text) =>
+        text.status === "fulfilled" && text.value === GREETING
+      );
+      return { code, greeted: count.length };
+    }));
+    assertEquals(greeted[0]!.code, 1);
+    assertLess(greeted[0]!.greeted, 100);
+    assertEquals(greeted[1], { code: 143, greeted: 100 });
+  },
+  !hasProcesses,
+);
+
+/**
+ * Clients come, `atOnce` at the same time, until `total` have been greeted. Returns
+ * their numbers, which count them as they come, in the order of their greetings.
+ */
+async function load(server: Server, atOnce: number, total: number) {
+  let come = 0;
+  const greeted: number[] = [];
+  let connecting = 0;
+  const waiting: (() => void)[] = [];
+  await times(atOnce, async () => {
+    const buffer = new Uint8Array(100);
+    while (come < total) {
+      // No more connect at the same time than the shortest queue holds, see inTurn().
+      if (connecting < 50) connecting++;
+      else await new Promise<void>((go) => waiting.push(go));
+      const number = come++;
+      using conn = await connect(server);
+      const next = waiting.shift();
+      if (next) next();
+      else connecting--;
+      let bytes = 0;
+      for (let n; (n = await conn.read(buffer)) !== null;) bytes += n;
+      assertEquals(bytes, GREETING.length);
+      greeted.push(number);
+    }
+  });
+  return greeted;
+}
+
+test("the plain loop greets thousands before one that came earlier, serve() does not", async () => {
+  const [plain, served] = await bothSee(async (server) => {
+    const greeted = await load(server, 1000, 4000);
+    // Of those that came later than a client, how many were greeted before it?
+    const overtaken = greeted.map((number, i) =>
+      greeted.slice(0, i).filter((other) => other > number).length
+    );
+    return Math.max(...overtaken);
+  });
+  assertGreater(plain, 2000);
+  assertLess(served, 1000); // no more than come at once
+});
+
+// ====================== serve(): what a client is sent ======================
+
+/** What greeting functions throw, and the reason of aborts. */
+const REASON = new Error("enough");
+const NEVER = new Promise<never>(() => {});
+
+test("serve() tells the greeting function the client's address, and reports it with the bytes and the time", async () => {
   const { server, outcomes } = start({
-    async greeting() { // takes 20 ms
+    async greeting({ hostname, port }) { // takes 20 ms
       const began = performance.now();
       while (performance.now() < began + 20) await sleep(1);
-      return GREETING;
+      return `${hostname} ${port}`;
     },
   });
   const began = performance.now();
   const conn = await connect(server);
-  assertEquals(await receiveText(conn), GREETING);
+  const text = await receiveText(conn);
   const took = performance.now() - began;
+  const remoteAddr = conn.localAddr as Deno.NetAddr;
+  assertEquals(text, `${remoteAddr.hostname} ${remoteAddr.port}`);
   await server.shutdown();
   assertEquals(outcomes.length, 1);
   const { milliseconds, ...others } = outcomes[0]!;
-  const [remoteAddr, bytes] = [conn.localAddr, GREETING.length];
-  assertEquals(others, { remoteAddr, bytes, error: undefined } as Outcome);
+  const bytes = text.length;
+  assertEquals(others, { remoteAddr, bytes, error: undefined });
   assertGreaterOrEqual(milliseconds, 20);
   assertLess(milliseconds, took);
 });
@@ -205,9 +526,10 @@ test("serve() sends bytes as they are, text as UTF-8, and nothing else", async (
   }
 });
 
-test("serve() sends a large greeting whole to fast and slow readers, past 200 that read nothing", async () => {
+test("serve() sends a large greeting whole to fast and slow readers, past many that read nothing", async () => {
   const { server, outcomes } = start({ greeting: LARGE, timeout: 60_000 });
-  const stuck = await times(200, () => connect(server));
+  const many = isLinux ? 200 : 20; // each takes up to a megabyte of the kernel
+  const stuck = await inTurn(many, () => connect(server));
   async function receiveSlowly(conn: Deno.Conn) {
     const chunks: Uint8Array[] = [];
     for await (const chunk of conn.readable) {
@@ -218,7 +540,7 @@ test("serve() sends a large greeting whole to fast and slow readers, past 200 th
   }
   const slow = receiveSlowly(await connect(server));
   const fast = await receive(await connect(server));
-  assertGreaterOrEqual(server.connections, 200);
+  assertGreaterOrEqual(server.connections, many);
   assert(equals(fast, LARGE));
   assert(equals(await slow, LARGE));
   stuck.forEach((conn) => conn.close());
@@ -227,7 +549,7 @@ test("serve() sends a large greeting whole to fast and slow readers, past 200 th
   assertEquals(whole.map(({ bytes }) => bytes), [LARGE.length, LARGE.length]);
 });
 
-test("serve() copies a greeting of bytes", async () => {
+test("serve() copies greetings, so that later changes do not reach a client", async () => {
   const original = new TextEncoder().encode(GREETING);
   const buffer = Buffer.from(GREETING); // whose slice() copies nothing
   const servers = [original, buffer].map((greeting) =>
@@ -240,12 +562,10 @@ test("serve() copies a greeting of bytes", async () => {
     await assertGreets(server);
     await server.shutdown();
   }
-});
-
-test("serve() copies what a greeting function returns", async () => {
-  const buffer = new Uint8Array(LARGE.length);
+  // The same holds for what a greeting function returns.
+  const reused = new Uint8Array(LARGE.length);
   let calls = 0;
-  await using server = start({ greeting: () => buffer.fill(++calls) }).server;
+  await using server = start({ greeting: () => reused.fill(++calls) }).server;
   const first = await connect(server);
   await first.read(new Uint8Array(1)); // most of its greeting is not yet written
   const second = await connect(server);
@@ -254,42 +574,38 @@ test("serve() copies what a greeting function returns", async () => {
   assert(twos!.every((byte) => byte === 2));
 });
 
-test("serve() calls a function for the greeting, with the client's address", async () => {
-  await using server = start({
-    greeting: ({ hostname, port }) => `${hostname} ${port}`,
-  }).server;
-  const conn = await connect(server);
-  const { hostname, port } = conn.localAddr as Deno.NetAddr;
-  assertEquals(await receiveText(conn), `${hostname} ${port}`);
-});
-
 test("serve() fails only the connection whose greeting function fails", async () => {
   const thrower = (thrown: unknown) => () => {
     throw thrown;
   };
-  const bad: (() => Greeting | Promise<Greeting>)[] = [
-    thrower(REASON),
-    () => Promise.reject(REASON),
-    thrower("a string"),
-    thrower(undefined),
-    () => 5 as unknown as string,
+  const cases: [
+    () => Greeting | Promise<Greeting>,
+    Error | string,
+    unknown?,
+  ][] = [
+    [thrower(REASON), REASON],
+    [() => Promise.reject(REASON), REASON],
+    [thrower("a string"), 'not an Error: "a string"', "a string"],
+    [thrower(undefined), "not an Error: undefined", undefined],
+    [() => 5 as unknown as string, "greeting must be a string or a Uint8Array"],
   ];
-  const left = [...bad];
-  const { server, outcomes, errors } = start({
+  const left = cases.map(([greeting]) => greeting);
+  const { server, outcomes } = start({
     greeting: () => left.shift()?.() ?? GREETING,
   });
-  for (const _ of bad) {
+  for (const _ of cases) {
     assertEquals(await receiveText(await connect(server)), "");
   }
   await assertGreets(server);
   await server.shutdown();
-  const bytes = outcomes.map(({ bytes }) => bytes);
-  assertEquals(bytes, [0, 0, 0, 0, 0, GREETING.length]);
-  const [first, second, string, nothing, wrong, last] = errors();
-  assertEquals([first, second, last], [REASON, REASON, undefined]);
-  assertEquals(string?.cause, "a string");
-  assertInstanceOf(nothing, Error);
-  assertMatch(wrong!.message, /greeting must be a string or a Uint8Array/);
+  for (const [i, [_, expected, cause]] of cases.entries()) {
+    const { bytes, error } = outcomes[i]!;
+    assertEquals(bytes, 0);
+    if (expected instanceof Error) assertEquals(error, expected);
+    else assertEquals([error!.message, error!.cause], [expected, cause]);
+  }
+  const { bytes, error } = outcomes.at(-1)!;
+  assertEquals([bytes, error], [GREETING.length, undefined]);
 });
 
 test("serve() waits for the promise of a greeting function, and keeps nobody else waiting", async () => {
@@ -304,14 +620,14 @@ test("serve() waits for the promise of a greeting function, and keeps nobody els
   assertEquals(await receiveText(first), "at last");
 });
 
-// ============================ serve(): the clients ============================
+// ========================= serve(): what a client does =========================
 
+const most = isLinux ? LARGE.length : 1 << 20;
 for (
   const [what, act] of [
     ["sends a byte", (conn: Deno.TcpConn) => send(conn, 1)],
-    ["sends 1 kB", (conn: Deno.TcpConn) => send(conn, 1000)],
     ["sends 100 kB", (conn: Deno.TcpConn) => send(conn, 100_000)],
-    ["sends 20 MiB", (conn: Deno.TcpConn) => send(conn, LARGE.length)],
+    ["sends all that it has", (conn: Deno.TcpConn) => send(conn, most)],
     ["closes its half", (conn: Deno.TcpConn) => conn.closeWrite()],
   ] as const
 ) {
@@ -337,27 +653,18 @@ for (
   });
 }
 
-test("serve() shows a client the end while the client's own half is open", async () => {
-  await using server = start().server;
+test("serve() reports a client when it is greeted, and shows it the end, while the client stays", async () => {
+  const { server, outcomes } = start({ timeout: 20_000 });
   using conn = await connectAndStay(server);
   assertEquals(await conn.read(new Uint8Array(1)), null);
-  await conn.write(new Uint8Array(1)); // to a server that still reads
+  assertEquals([server.connections, outcomes.length], [1, 1]);
+  for (let i = 0; i < 3; i++) { // to a server that still reads
+    await send(conn, 100_000);
+    assertEquals(server.connections, 1);
+  }
+  conn.close();
+  await server.shutdown();
 });
-
-/** Connects and resets the connection, after `bytes` bytes have come. */
-async function connectAndReset(port: number, bytes = 0): Promise<void> {
-  const socket = new Socket();
-  await new Promise<void>((resolve, reject) => {
-    const reset = () => {
-      if (socket.bytesRead >= bytes) socket.resetAndDestroy();
-    };
-    socket.once("connect", reset);
-    socket.on("data", reset);
-    socket.once("close", () => resolve());
-    socket.once("error", reject);
-    socket.connect(port, "127.0.0.1");
-  });
-}
 
 /** An error means that the other side has left. Systems name that differently. */
 function assertLeft({ name }: Error): void {
@@ -367,35 +674,65 @@ function assertLeft({ name }: Error): void {
 
 test("serve() takes no notice of clients that reset before they are accepted", async () => {
   const acceptErrors: Error[] = [];
-  const { server, outcomes } = start({
-    maxConnections: 1,
+  const { server, errors } = start({
     onAcceptError: (error) => void acceptErrors.push(error),
   });
-  // The first client holds the only place, the others wait in the queue.
-  const first = await connectAndStay(server);
-  for (let i = 0; i < 5; i++) await connectAndReset(server.addr.port);
-  const last = await connect(server);
-  first.close();
-  await assertAllGreeted([last]);
+  const seen = await clientsOfBlocked(server, { resets: 20, count: 20 });
+  assertEquals(seen, Array(20).fill(GREETING));
   await server.shutdown();
-  assertEquals([outcomes.length, acceptErrors.length], [2, 0]);
+  assertEquals(acceptErrors, []);
+  // Windows may accept those that reset, and report them.
+  const expected = Deno.build.os === "windows"
+    ? errors().filter((e) => !e)
+    : errors();
+  assertEquals(expected, Array(20).fill(undefined));
 });
 
 test("serve() reports a client that resets while it is written to", async () => {
   const { server, outcomes } = start({ greeting: LARGE });
-  await connectAndReset(server.addr.port, 100);
+  await connectAndReset(server.addr.port, 1000);
   await server.shutdown();
   assertEquals(outcomes.length, 1);
+  assertGreaterOrEqual(outcomes[0]!.bytes, 1000);
   assertLess(outcomes[0]!.bytes, LARGE.length);
   assertLeft(outcomes[0]!.error!);
 });
 
-test("serve() reports a client when it is greeted, not when it closes", async () => {
-  const greeted = Promise.withResolvers<Outcome>();
-  await using server = start({ onOutcome: greeted.resolve }).server;
-  using conn = await connect(server);
-  assertEquals((await greeted.promise).remoteAddr, conn.localAddr);
-  assertEquals(server.connections, 1);
+test("serve() counts a client as greeted that resets right after its greeting, and is done with it", async () => {
+  const reset = Promise.withResolvers<void>();
+  using _ = replaceAccept(async (accept) => {
+    const conn = await accept();
+    const { write } = conn;
+    return Object.assign(conn, {
+      async write(data: Uint8Array) {
+        const written = await write.call(conn, data);
+        await reset.promise; // only then the server hears of its write
+        return written;
+      },
+      // On Linux a half-close after a reset does not fail. On macOS it does.
+      closeWrite: () => Promise.reject(new Deno.errors.NotConnected()),
+    });
+  });
+  const { server, errors } = start();
+  await connectAndReset(server.addr.port, GREETING.length);
+  reset.resolve();
+  await within(500, until(() => errors().length === 1 && !server.connections));
+  assertEquals(errors(), [undefined]);
+  await server.shutdown();
+});
+
+test("serve() reads what a client sends while the kernel takes no more of its greeting", async () => {
+  const sent = Promise.withResolvers<void>();
+  let writes = 0;
+  using _ = replaceWrite(async (write) => {
+    if (writes++ > 0) await sent.promise;
+    return await write();
+  });
+  await using server = start({ greeting: LARGE }).server;
+  const conn = await connect(server);
+  await send(conn, most);
+  sent.resolve();
+  assert(equals(await receive(conn), LARGE));
 });
 
 test("serve() closes a client that sends for ever, and greets others meanwhile", async () => {
@@ -410,13 +747,32 @@ test("serve() closes a client that sends for ever, and greets others meanwhile",
   assertEquals(errors(), Array(51).fill(undefined));
 });
 
+test("serve() greets others while a client always has more for it to read", async () => {
+  // A read never waits, however fast the server reads.
+  using _ = replaceAccept(async (accept) => {
+    const conn = await accept();
+    const { close } = conn;
+    let closed = false;
+    return Object.assign(conn, {
+      read: () => closed ? Promise.reject() : Promise.resolve(1),
+      close() {
+        closed = true;
+        close.call(conn);
+      },
+    });
+  });
+  await using server = start({ timeout: 100 }).server;
+  await assertGreets(server);
+  await assertGreets(server);
+});
+
 test("serve() holds no more than maxConnections, and greets all in turn", async () => {
-  let most = 0;
+  let held = 0;
   const { server, outcomes } = start({
     maxConnections: 10,
     timeout: 50,
     greeting() {
-      most = Math.max(most, server.connections);
+      held = Math.max(held, server.connections);
       return GREETING;
     },
   });
@@ -424,7 +780,105 @@ test("serve() holds no more than maxConnections, and greets all in turn", async 
   const conns = await times(100, () => connectAndStay(server));
   await server.shutdown();
   conns.forEach((conn) => conn.close());
-  assertEquals([outcomes.length, most], [100, 10]);
+  assertEquals([outcomes.length, held], [100, 10]);
+});
+
+test("serve() gives a place that becomes free to the next client, and a hundred places at once", async () => {
+  const { server } = start({
+    maxConnections: 100,
+    answer: true, // silent clients hold their places
+    timeout: 20_000,
+  });
+  const next = async () => {
+    const conn = await connect(server);
+    await send(conn, 1);
+    return conn;
+  };
+  const silent = await inTurn(100, () => connect(server));
+  await until(() => server.connections === 100);
+  const waiting = await times(10, next);
+  silent.pop()!.close();
+  await within(5000, assertAllGreeted(waiting)); // all of them in the one place
+  await until(() => server.connections === 99);
+  silent.push(await connect(server));
+  waiting.splice(0, 10, ...await inTurn(100, next));
+  silent.forEach((conn) => conn.close());
+  await within(5000, assertAllGreeted(waiting));
+  await server.shutdown();
+});
+
+// ============= serve(): thousands are greeted in their order =============
+
+/**
+ * Holds every write, as if the kernel took no bytes, until the test lets it go on.
+ * That happens when the kernel lacks memory; no client can bring it about.
+ */
+function holdWrites() {
+  const held: (() => void)[] = [];
+  const replaced = replaceWrite(async (write) => {
+    await new Promise<void>((go) => held.push(go));
+    return await write();
+  });
+  return {
+    /** Waits until `of` writes are held, no more, and lets `count` of them go. */
+    async release(count: number, of = count) {
+      await until(() => held.length >= of);
+      assertEquals(held.length, of);
+      held.splice(0, count).forEach((go) => go());
+    },
+    [Symbol.dispose]: replaced[Symbol.dispose],
+  };
+}
+
+for (
+  const [what, count, options] of [
+    ["came while the kernel was busy", 1100, {}],
+    ["have spoken", 10, { answer: true }],
+    ["have a slow greeting function", 10, {
+      greeting: () => sleep(50).then(() => GREETING),
+    }],
+  ] as const
+) {
+  test(`serve() greets ${count} clients that ${what} before those that come later`, async () => {
+    using writes = holdWrites();
+    const { server, outcomes } = start({ timeout: 20_000, ...options });
+    const come = async (number: number) => {
+      const conns = await inTurn(number, () => connect(server));
+      await until(() =>
+        server.connections === conns.length + all.length - outcomes.length
+      );
+      for (const conn of conns) if ("answer" in options) await send(conn, 1);
+      all.push(...conns);
+    };
+    const all: Deno.TcpConn[] = [];
+    await come(1 + count);
+    await writes.release(1); // the first client, who was alone
+    await writes.release(0, count);
+    await come(3);
+    await sleep(100); // in which the later ones would be written to
+    await writes.release(count - 1, count);
+    await until(() => outcomes.length === count);
+    await writes.release(1); // the later ones wait even for the last one
+    await writes.release(3);
+    await assertAllGreeted(all);
+    await server.shutdown();
+  });
+}
+
+test("serve() cuts off clients that the kernel keeps waiting, and greets the next one", async () => {
+  using writes = holdWrites();
+  const { server, outcomes, errors } = start({ timeout: 100 });
+  const conns = await times(3, () => connect(server));
+  await until(() => outcomes.length === 3);
+  assertEquals(server.connections, 0);
+  for (const error of errors()) assertInstanceOf(error, Deno.errors.TimedOut);
+  await writes.release(1);
+  await writes.release(2);
+  const next = assertGreets(server);
+  await writes.release(1);
+  await next;
+  await server.shutdown();
+  conns.forEach((conn) => conn.close());
 });
 
 // ====================== serve(): clients that speak first ======================
@@ -441,17 +895,6 @@ test("serve() with answer waits until a client speaks, then calls the greeting f
   assertEquals(await receiveText(second), "1");
   await send(silent, 1);
   assertEquals(await text, "2");
-});
-
-test("serve() with answer cuts off a client that says nothing", async () => {
-  const { server, outcomes, errors } = start({ answer: true, timeout: 100 });
-  assertEquals(await receiveText(await connect(server)), "");
-  await server.shutdown();
-  const [{ bytes, milliseconds }] = outcomes as [Outcome];
-  assertEquals([outcomes.length, bytes], [1, 0]);
-  assertGreaterOrEqual(milliseconds, 100);
-  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
-  assertEquals(errors()[0]!.message, "the client sent nothing in 100 ms");
 });
 
 test("serve() with answer counts the time before and after a client speaks as one", async () => {
@@ -481,52 +924,136 @@ test("serve() with answer reports a client that resets before it speaks", async 
   assertInstanceOf(errors()[0], Deno.errors.ConnectionReset);
 });
 
-test("serve() with answer is an HTTP target that fetch() accepts, 300 times", async () => {
-  const greeting =
-    "HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nOK\n";
-  const { server, errors } = start({ answer: true, greeting });
-  for (let i = 0; i < 300; i++) {
-    const response = await fetch(`http://127.0.0.1:${server.addr.port}/health`);
-    assertEquals([response.status, await response.text()], [200, "OK\n"]);
+/** The answer to every HTTP request, as the README shows it. */
+const HTTP_ANSWER = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n" +
+  "Connection: close\r\n\r\n";
+
+test("serve() with answer is an HTTP target for GET and HEAD, for fetch() and node:http", async () => {
+  const { server, errors } = start({ answer: true, greeting: HTTP_ANSWER });
+  const url = `http://127.0.0.1:${server.addr.port}/health`;
+  for (let i = 0; i < 100; i++) {
+    for (const method of ["GET", "HEAD"]) {
+      const response = await fetch(url, { method });
+      assertEquals([response.status, await response.text()], [200, ""]);
+      const status = await new Promise<number | undefined>((resolve, reject) =>
+        http.request(url, { method }, (response) => {
+          response.resume().on("end", () => resolve(response.statusCode));
+        }).on("error", reject).end()
+      );
+      assertEquals(status, 200);
+    }
   }
   await server.shutdown();
-  assertEquals(errors(), Array(300).fill(undefined));
+  assertEquals(errors(), Array(400).fill(undefined));
 });
 
 // =========================== serve(): the deadlines ===========================
 
-test("serve() cuts off clients that read nothing, each at its timeout", async () => {
-  const timeout = 400;
-  const { server, outcomes } = start({ greeting: LARGE, timeout });
-  const conns: Deno.Conn[] = [];
-  const ends: Promise<void>[] = [];
-  for (let i = 0; i < 5; i++) {
-    conns.push(await connect(server));
-    // At the first tick after its time: a tick is a quarter of the timeout.
-    ends.push(within(timeout * 1.25 + 200, until(() => outcomes.length > i)));
-    await sleep(50); // not to be in one tick
-  }
-  await Promise.all(ends);
+for (
+  const [who, options, message] of [
+    ["that reads nothing", { greeting: LARGE }, "not greeted"],
+    [
+      "whose greeting function never answers",
+      { greeting: () => NEVER },
+      "not greeted",
+    ],
+    [
+      "that says nothing, with answer",
+      { answer: true },
+      "the client sent nothing",
+    ],
+  ] as const
+) {
+  test(`serve() cuts off each client ${who} at its own timeout`, async () => {
+    const timeout = 400;
+    const { server, outcomes } = start({ timeout, ...options });
+    const conns: Deno.Conn[] = [];
+    const ends: Promise<void>[] = [];
+    for (let i = 0; i < 5; i++) {
+      conns.push(await connect(server));
+      // Within two ticks after its time: a tick is a quarter of the timeout.
+      ends.push(within(timeout * 1.5 + 100, until(() => outcomes.length > i)));
+      await sleep(50); // not to be in one tick
+    }
+    await Promise.all(ends);
+    await server.shutdown();
+    assertEquals(outcomes.length, 5);
+    for (const [i, { error, bytes, milliseconds }] of outcomes.entries()) {
+      assertInstanceOf(error, Deno.errors.TimedOut);
+      assertEquals(error?.message, `${message} in 400 ms`);
+      assertGreaterOrEqual(milliseconds, timeout);
+      assertLess(bytes, LARGE.length);
+      // It can still read what the kernel has taken for it.
+      assertEquals((await receive(conns[i]!)).length, bytes);
+    }
+  });
+}
+
+test("serve() takes no notice of a greeting function that fails after its client was cut off", async () => {
+  const late = Promise.withResolvers<string>();
+  const { server, errors } = start({
+    timeout: 100,
+    greeting: () => late.promise,
+  });
+  assertEquals(await receiveText(await connect(server)), "");
+  late.reject(REASON);
   await server.shutdown();
-  conns.forEach((conn) => conn.close());
-  assertEquals(outcomes.length, 5);
-  for (const { error, bytes, milliseconds } of outcomes) {
-    assertInstanceOf(error, Deno.errors.TimedOut);
-    assertLess(bytes, LARGE.length);
-    assertGreaterOrEqual(milliseconds, timeout);
-  }
+  assertEquals(errors().length, 1);
+  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
 });
 
-test("serve() cuts off a client whose greeting function never answers", async () => {
-  const late = Promise.withResolvers<string>();
-  const greeting = () => late.promise;
-  const { server, outcomes } = start({ timeout: 100, greeting });
-  assertEquals(await receiveText(await connect(server)), "");
-  late.reject(new Error("nobody waits for this any more"));
+test("serve() cuts off a client that reads a large greeting too slowly", async () => {
+  const { server, outcomes, errors } = start({ greeting: LARGE, timeout: 400 });
+  using conn = await connect(server);
+  const buffer = new Uint8Array(100_000);
+  const end = within(700, until(() => outcomes.length === 1));
+  let over = false;
+  end.finally(() => over = true);
+  let bytes = 0;
+  // About 5 MB/s. The server writes all the time.
+  while (!over) {
+    bytes += await conn.read(buffer) ?? 0;
+    await sleep(20);
+  }
+  await end;
+  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
+  for (let n; (n = await conn.read(buffer)) !== null;) bytes += n;
+  assertEquals(outcomes[0]!.bytes, bytes);
+  await server.shutdown();
+});
+
+test("serve() never counts a client as greeted that reads nothing, where the kernel takes any write", async () => {
+  // So does Windows: if its buffer is not full, it takes a write of any size.
+  let taken = 0;
+  using _ = replaceWrite((_, data) => {
+    if (taken > 500_000) return NEVER;
+    taken += data.length;
+    return Promise.resolve(data.length);
+  });
+  const { server, outcomes, errors } = start({ greeting: LARGE, timeout: 50 });
+  using _conn = await connect(server);
+  await until(() => outcomes.length > 0);
+  await server.shutdown();
+  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
+  assertEquals(outcomes.map(({ bytes }) => bytes), [taken]);
+});
+
+test("serve() never reports a client as greeted that it has cut off", async () => {
+  const cutOff = Promise.withResolvers<void>();
+  // The kernel takes the greeting, but the client is cut off before the server
+  // hears of it.
+  using _ = replaceWrite(async (write) => {
+    const written = await write();
+    await cutOff.promise;
+    return written;
+  });
+  const { server, outcomes, errors } = start({ timeout: 50 });
+  using _conn = await connect(server);
+  await until(() => outcomes.length > 0);
+  cutOff.resolve();
   await server.shutdown();
   assertEquals(outcomes.length, 1);
-  assertInstanceOf(outcomes[0]!.error, Deno.errors.TimedOut);
-  assertGreaterOrEqual(outcomes[0]!.milliseconds, 100);
+  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
 });
 
 for (const [timeout, lingers] of [[200, 200], [20_000, 1000]] as const) {
@@ -541,7 +1068,7 @@ for (const [timeout, lingers] of [[200, 200], [20_000, 1000]] as const) {
     // The next client has to wait for it, and for its own greeting. A tick is
     // 250 ms at the most.
     const tick = Math.min(250, timeout / 4);
-    await within(lingers + tick + 150 + 200, assertGreets(server));
+    await within(lingers + 2 * tick + 150 + 200, assertGreets(server));
     const lingered = performance.now() - greeted;
     assertGreaterOrEqual(lingered, lingers - 10); // it read that a little late
     assertEquals(await conn.read(new Uint8Array(1)), null);
@@ -551,7 +1078,8 @@ for (const [timeout, lingers] of [[200, 200], [20_000, 1000]] as const) {
 }
 
 test("serve() waits for the whole timeout until a client has read more than 64 KiB", async () => {
-  await Promise.all([65_536, 65_537, 1_500_000].map(async (size) => {
+  // Windows takes no more than 256 KiB before its client reads.
+  await Promise.all([65_536, 65_537, 250_000].map(async (size) => {
     const large = LARGE.subarray(0, size);
     let calls = 0;
     const { server, outcomes } = start({
@@ -573,6 +1101,554 @@ test("serve() waits for the whole timeout until a client has read more than 64 K
     slow[Symbol.dispose]();
     await server.shutdown();
   }));
+});
+
+// ======================== serve(): accept() that fails ========================
+
+/** Puts a function in the place of accept(), of all listeners. */
+function replaceAccept(
+  replacement: (accept: () => Promise<Deno.TcpConn>) => Promise<Deno.TcpConn>,
+): Disposable {
+  using listener = Deno.listen({ port: 0 });
+  const prototype = Object.getPrototypeOf(listener);
+  const { accept } = prototype;
+  prototype.accept = function () {
+    return replacement(() => accept.call(this));
+  };
+  return { [Symbol.dispose]: () => prototype.accept = accept };
+}
+
+/** Puts a function in the place of write(), of all accepted connections. */
+function replaceWrite(
+  replacement: (
+    write: () => Promise<number>,
+    data: Uint8Array,
+  ) => Promise<number>,
+): Disposable {
+  return replaceAccept(async (accept) => {
+    const conn = await accept();
+    const { write } = conn;
+    return Object.assign(conn, {
+      write: (data: Uint8Array) =>
+        replacement(() => write.call(conn, data), data),
+    });
+  });
+}
+
+/** Lets accept() fail with each of these errors, a turn later, then succeed. */
+function failAccept(...errors: Error[]): Disposable {
+  return replaceAccept(async (accept) => {
+    if (errors.length === 0) return await accept();
+    await setImmediate();
+    throw errors.shift();
+  });
+}
+
+/** What Deno throws when the process is out of file descriptors. */
+const outOfDescriptors = () => new Error("Too many open files (os error 24)");
+
+test("serve() reports that accept() has failed, and tries again after 10 ms", async () => {
+  const failures = Array.from({ length: 10 }, outOfDescriptors);
+  using _ = failAccept(...failures);
+  const errors: Error[] = [];
+  const { server } = start({ onAcceptError: (e) => void errors.push(e) });
+  const began = performance.now();
+  await within(1000, assertGreets(server));
+  assertGreaterOrEqual(performance.now() - began, 10 * 9); // 10 ms after each
+  await server.shutdown();
+  assertEquals(errors, failures);
+});
+
+test("serve() goes on at once, without a report, if accept() fails because the client has left", async () => {
+  // The errors of other systems, where Linux accepts the dead connection.
+  const { ConnectionAborted, ConnectionReset, NotConnected } = Deno.errors;
+  const kinds = [ConnectionAborted, ConnectionReset, NotConnected, TypeError];
+  using _ = failAccept(
+    ...Array.from({ length: 200 }, (_, i) => new kinds[i % kinds.length]!()),
+  );
+  const errors: Error[] = [];
+  const { server } = start({ onAcceptError: (e) => void errors.push(e) });
+  await within(1000, assertGreets(server)); // 10 ms after each would be 2 s
+  await server.shutdown();
+  assertEquals(errors, []);
+});
+
+// ============================= serve(): stopping =============================
+
+/** Waits until a server no longer listens. */
+async function untilRefused(server: Server): Promise<void> {
+  while (true) {
+    // Clients that come in every turn of the event loop would keep it listening.
+    await sleep(400);
+    try {
+      (await connect(server)).close();
+    } catch {
+      return;
+    }
+  }
+}
+
+test("shutdown() accepts no more, lets open connections end, and can be called again", async () => {
+  const { server, outcomes } = start({ greeting: LARGE });
+  const conn = await connect(server);
+  await until(() => server.connections === 1);
+  const first = server.shutdown();
+  const second = server.shutdown();
+  await untilRefused(server);
+  assertGreaterOrEqual(server.connections, 1);
+  assert(equals(await receive(conn), LARGE));
+  await Promise.all([first, second, server.finished, server.shutdown()]);
+  const whole = outcomes.filter(({ bytes }) => bytes === LARGE.length);
+  assertEquals([server.connections, whole.length], [0, 1]);
+  const { hostname, port } = server.addr; // which are free again
+  await serve({ hostname, port }).shutdown();
+  await server.shutdown(); // for which nothing is left to do
+});
+
+for (
+  const [name, tcpBacklog, clients] of [
+    ["a hundred", 65535, 100],
+    // Linux queues one more than it is told.
+    ["with a backlog of 1", 1, isLinux ? 2 : 1],
+  ] as const
+) {
+  test(`shutdown() greets the clients in the queue when it has a place for them, ${name}`, async () => {
+    const { server } = start({
+      tcpBacklog,
+      maxConnections: 1,
+      timeout: 20_000,
+      answer: true,
+    });
+    const silent = await connect(server); // holds the only place
+    await until(() => server.connections === 1);
+    const waiting = await inTurn(clients, () => connect(server));
+    for (const conn of waiting) await send(conn, 1);
+    const { shutdown } = server; // as it is handed to a signal, say
+    const shut = shutdown();
+    for (let turn = 0; turn < 50; turn++) await sleep(0);
+    silent.close();
+    await assertAllGreeted(waiting);
+    await shut;
+    await assertRefuses(server);
+  });
+}
+
+for (
+  const [what, failure] of [
+    ["fails", outOfDescriptors],
+    ["gives clients that have left", () => new Deno.errors.NotConnected()],
+  ] as const
+) {
+  test(`shutdown() greets the clients in the queue though accept() ${what} for 60 turns`, async () => {
+    using _ = failAccept(...Array.from({ length: 60 }, failure));
+    const { server } = start();
+    const waiting = await times(10, () => connect(server));
+    const shut = server.shutdown();
+    await assertAllGreeted(waiting);
+    await shut;
+  });
+}
+
+// A stop ends when accept() has not answered for some turns of the event loop. While
+// many connections are busy, accept() answers many turns late.
+for (const meanwhile of ["stay", "leave"]) {
+  test(`shutdown() greets a client that accept() gives late, behind 500 others that ${meanwhile}`, async () => {
+    const open = 500;
+    const late = Promise.withResolvers<void>();
+    let calls = 0;
+    using _ = replaceAccept(async (accept) => {
+      if (calls++ === open) await late.promise;
+      return await accept();
+    });
+    const { server, outcomes } = start({ timeout: 20_000 });
+    const conns = await inTurn(open, () => connectAndStay(server));
+    await until(() => calls > open);
+    const last = await connect(server);
+    const shut = server.shutdown();
+    if (meanwhile === "leave") conns.forEach((conn) => conn.close());
+    // 16 + 500/25 = 36 turns are allowed, and the answer itself takes a few.
+    for (let turn = 0; turn < 22; turn++) await sleep(0);
+    assertEquals(outcomes.length, open);
+    late.resolve();
+    await assertAllGreeted([last]);
+    if (meanwhile === "stay") conns.forEach((conn) => conn.close());
+    await shut;
+  });
+}
+
+test("shutdown() waits for a client that accept() gives as the listener is closed", async () => {
+  const close = Promise.withResolvers<void>();
+  using _ = replaceAccept(async (accept) => {
+    const conn = await accept();
+    await close.promise;
+    return conn;
+  });
+  const { server, errors } = start();
+  const conn = await connect(server);
+  const shut = server.shutdown();
+  await untilRefused(server);
+  close.resolve();
+  await shut;
+  assertEquals([server.connections, errors()], [0, [undefined]]);
+  await assertAllGreeted([conn]);
+});
+
+test("shutdown() goes on accepting while clients come, for as long as the timeout", async () => {
+  const clients: Promise<unknown>[] = [];
+  const { server, outcomes } = start({
+    timeout: 1200,
+    maxConnections: 50,
+    greeting() { // whenever one is accepted, another comes
+      const next = connect(server).then(receive).catch(() => {});
+      clients.push(next);
+      return GREETING;
+    },
+  });
+  await times(30, () => assertGreets(server));
+  const before = outcomes.length;
+  const began = performance.now();
+  await within(2000, server.shutdown());
+  assertGreaterOrEqual(performance.now() - began, 1200);
+  assertGreater(outcomes.length - before, 5);
+  await Promise.all(clients);
+});
+
+test("shutdown() greets clients that speak meanwhile, and waits for silent ones until their deadline", async () => {
+  const { server, errors } = start({ answer: true, timeout: 300 });
+  const silent = await connect(server);
+  const speaker = await connect(server);
+  await until(() => server.connections === 2);
+  const shut = server.shutdown();
+  await send(speaker, 1);
+  await assertAllGreeted([speaker]);
+  assertEquals(await receiveText(silent), "");
+  await shut;
+  const [greeted, cutOff] = errors();
+  assertEquals(greeted, undefined);
+  assertInstanceOf(cutOff, Deno.errors.TimedOut);
+});
+
+test("await using shuts down and waits for open connections", async () => {
+  const { server, outcomes } = start({ timeout: 100 });
+  using _conn = await connectAndStay(server);
+  {
+    await using _ = server;
+    assertEquals(server.connections, 1);
+  }
+  assertEquals([server.connections, outcomes.length], [0, 1]);
+});
+
+// ============================= serve(): aborting =============================
+
+/** A server whose clients would keep it for ever, and what aborts it. */
+function startAbortable(options: ServeOptions = {}) {
+  const controller = new AbortController();
+  const { signal } = controller;
+  const abort = (reason: unknown = REASON) => controller.abort(reason);
+  const running = start({ timeout: 600_000, signal, ...options });
+  const finishedAtOnce = () => within(500, running.server.finished);
+  return { abort, finishedAtOnce, ...running };
+}
+
+for (
+  const [clients, options, expected] of [
+    ["are being written to", { greeting: LARGE }, REASON],
+    ["have not spoken yet", { answer: true }, REASON],
+    ["wait for a greeting function", { greeting: () => NEVER }, REASON],
+    ["wait until others are written to", {}, REASON],
+    ["are greeted and stay", {}, undefined],
+  ] as const
+) {
+  test(`an aborted signal closes clients that ${clients} at once, and leaves nothing to a shutdown`, async () => {
+    using writes = clients === "wait until others are written to"
+      ? holdWrites()
+      : undefined;
+    const { server, outcomes, errors, abort, finishedAtOnce } = startAbortable(
+      options,
+    );
+    const conns = await times(5, () => connect(server));
+    await until(() => server.connections === 5);
+    if (!expected) await until(() => outcomes.length === 5);
+    abort();
+    assertEquals(server.connections, 0);
+    abort(); // again, to which nothing happens
+    await finishedAtOnce();
+    await server.shutdown();
+    assertEquals(errors(), Array(5).fill(expected));
+    await assertRefuses(server);
+    await writes?.release(1);
+    await writes?.release(4);
+    conns.forEach((conn) => conn.close());
+  });
+}
+
+type Abort = () => void;
+for (
+  const [where, options, replace, expected] of [
+    [
+      "in the greeting function",
+      (abort: Abort) => ({
+        greeting() {
+          abort();
+          return NEVER;
+        },
+      }),
+      undefined,
+      [REASON],
+    ],
+    [
+      "in onAcceptError",
+      (abort: Abort) => ({
+        onAcceptError: () => abort(),
+      }),
+      () => failAccept(outOfDescriptors()),
+      [],
+    ],
+    [
+      "while a client is being accepted",
+      () => ({}),
+      (abort: Abort) =>
+        replaceAccept(async (accept) => {
+          const conn = await accept();
+          abort();
+          return conn;
+        }),
+      [REASON],
+    ],
+  ] as const
+) {
+  test(`an abort ${where} ends the server at once`, async () => {
+    let abort = () => {};
+    using _ = replace?.(() => abort());
+    const running = startAbortable(options(() => abort()));
+    abort = () => running.abort();
+    const client = expected.length > 0
+      ? await connect(running.server)
+      : undefined;
+    await running.finishedAtOnce();
+    assertEquals(running.errors(), [...expected]);
+    await assertRefuses(running.server);
+    client?.close();
+  });
+}
+
+test("an abort in onOutcome closes all other clients", async () => {
+  const outcomes: Outcome[] = [];
+  let calls = 0;
+  const { server, abort, finishedAtOnce } = startAbortable({
+    greeting: () => ++calls === 3 ? GREETING : NEVER,
+    onOutcome(outcome) {
+      outcomes.push(outcome);
+      abort();
+    },
+  });
+  const conns = await times(3, () => connect(server));
+  await finishedAtOnce();
+  const errors = outcomes.map(({ error }) => error);
+  assertEquals(errors, [undefined, REASON, REASON]);
+  conns.forEach((conn) => conn.close());
+});
+
+test("an aborted signal ends a shutdown that still greets the queue", async () => {
+  const options = { maxConnections: 1, greeting: LARGE };
+  const { server, errors, abort } = startAbortable(options);
+  const conns = await times(2, () => connect(server));
+  await until(() => server.connections === 1);
+  const shut = server.shutdown();
+  abort();
+  await within(500, shut);
+  assertEquals(errors(), [REASON]); // the other one was not accepted
+  await assertRefuses(server);
+  conns.forEach((conn) => conn.close());
+});
+
+test("an aborted signal does not harm a server that has stopped, and has no hold of it", async () => {
+  const listeners = new Set<unknown>();
+  const controller = new AbortController();
+  const signal = Object.assign(controller.signal, {
+    addEventListener: (_: string, f: unknown) => void listeners.add(f),
+    removeEventListener: (_: string, f: unknown) => void listeners.delete(f),
+  });
+  const { server } = start({ signal });
+  assertEquals(listeners.size, 1);
+  await server.shutdown();
+  assertEquals(listeners.size, 0);
+  controller.abort();
+  await server.finished;
+});
+
+test("an abort reason that is no Error reaches onOutcome in one", async () => {
+  const { server, errors, abort, finishedAtOnce } = startAbortable({
+    greeting: () => NEVER,
+  });
+  using _conn = await connect(server);
+  await until(() => server.connections === 1);
+  abort("the power is going");
+  await finishedAtOnce();
+  const [error] = errors();
+  assertInstanceOf(error, Error);
+  assertEquals(error?.message, 'not an Error: "the power is going"');
+  assertEquals(error?.cause, "the power is going");
+});
+
+test("serve() throws the reason of a signal that is aborted already", async () => {
+  await using server = start().server; // whose port would be in use
+  const { hostname, port } = server.addr;
+  const signal = AbortSignal.abort(REASON);
+  assertThrows(() => serve({ hostname, port, signal }), Error, "enough");
+});
+
+// ================= serve(): callbacks, and a test's fake timers =================
+
+// Not test(), which fails at an uncaught error.
+Deno.test("serve() goes on when callbacks fail, and their errors are uncaught ones", async () => {
+  const uncaught: string[] = [];
+  using _uncaught = onUncaughtError(({ message }) => uncaught.push(message));
+  using _ = failAccept(outOfDescriptors());
+  let calls = 0;
+  const { server } = start({
+    onOutcome() {
+      if (calls++ === 0) throw new Error("thrown");
+      return Promise.reject(new Error("rejected"));
+    },
+    onAcceptError() {
+      throw new Error("accept");
+    },
+  });
+  await assertGreets(server);
+  await assertGreets(server);
+  await server.shutdown();
+  await until(() => uncaught.length >= 3);
+  assertEquals(uncaught, ["accept", "thrown", "rejected"]);
+  assertEquals(server.connections, 0);
+});
+
+test("serve() works in a test that has faked the timers since the module was loaded", async () => {
+  const { setTimeout, setInterval, queueMicrotask } = globalThis;
+  const never = () => 0;
+  Object.assign(globalThis, {
+    setTimeout: never,
+    setInterval: never,
+    queueMicrotask: never,
+  });
+  try {
+    const { server, outcomes, errors } = start({
+      timeout: 50,
+      greeting: LARGE,
+    });
+    const conn = await connect(server);
+    await server.shutdown();
+    conn.close();
+    assertEquals(outcomes.length, 1);
+    assertInstanceOf(errors()[0], Deno.errors.TimedOut);
+  } finally {
+    Object.assign(globalThis, { setTimeout, setInterval, queueMicrotask });
+  }
+});
+
+// ===================== serve(): clients that act at random =====================
+
+/** Numbers from 0 to 1 that a seed determines (mulberry32). */
+function randomFrom(seed: number): () => number {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** What a client of a random crowd saw, if it read to its end. */
+interface Visit {
+  /** To be closed when all are done. */
+  conn: Deno.Conn;
+  received?: Uint8Array;
+  ended: number;
+}
+
+/** A client that does something at random. */
+async function randomVisit(
+  conn: Deno.TcpConn,
+  pick: <T>(...choices: T[]) => T,
+): Promise<Visit> {
+  const before = pick("", "", "send 10", "send 300000", "half-close");
+  const manner = pick("read", "read", "read", "stall", "part", "leave");
+  const pieces: Uint8Array[] = [];
+  try {
+    if (before.startsWith("send")) await send(conn, +before.slice(5));
+    if (before === "half-close") await conn.closeWrite();
+    if (manner === "stall") return { conn, ended: NaN };
+    while (manner !== "leave") {
+      const piece = new Uint8Array(100_000);
+      const n = await conn.read(piece);
+      if (n === null) break;
+      pieces.push(piece.subarray(0, n));
+      if (manner === "part") break;
+    }
+  } catch (error) {
+    assertLeft(error as Error);
+  }
+  const ended = performance.now();
+  if (manner === "read") return { conn, received: concat(pieces), ended };
+  conn.close(); // with what was not read, and so a reset
+  return { conn, ended };
+}
+
+/** A server with random options and its crowd, all from one seed. */
+async function randomCrowd(seed: number) {
+  const random = randomFrom(seed);
+  const pick = <T>(...choices: T[]) =>
+    choices[Math.floor(random() * choices.length)]!;
+  const size = pick(0, 1, 18, 5000, 300_000, 4_000_000);
+  const whole = LARGE.subarray(seed % 1000, seed % 1000 + size);
+  const timeout = pick(100, 300);
+  const outcomes: (Outcome & { at: number })[] = [];
+  const { server } = start({
+    greeting: pick<ServeOptions["greeting"]>(
+      whole,
+      () => whole,
+      () => Promise.resolve(whole),
+      () => sleep(5).then(() => whole),
+    ),
+    maxConnections: pick(2, 10, 100),
+    timeout,
+    onOutcome: (o) => void outcomes.push({ ...o, at: performance.now() }),
+  });
+  const visits = await times(30, async (i) => {
+    if (i % 10 === 0) await connectAndReset(server.addr.port);
+    return await randomVisit(await connect(server), pick);
+  });
+  for (const { conn, received, ended } of visits) {
+    const { port } = conn.localAddr as Deno.NetAddr;
+    conn[Symbol.dispose]();
+    if (!received) continue;
+    assert(startsWith(whole, received), "wrong bytes");
+    const outcome = outcomes.find((o) => o.remoteAddr.port === port)!;
+    assert(outcome, "no outcome");
+    if (received.length === whole.length) continue;
+    // It has lost something: then its time was up.
+    const { at, milliseconds, error } = outcome;
+    const deadline = error ? at - milliseconds + timeout : at + timeout;
+    assertGreaterOrEqual(ended, deadline - 2, `lost bytes: ${error}`);
+  }
+  await server.shutdown();
+  assertEquals(server.connections, 0);
+  const ports = outcomes.map(({ remoteAddr }) => remoteAddr.port);
+  assertEquals(new Set(ports).size, ports.length, "two outcomes for a client");
+}
+
+test("serve() keeps its promise to a random crowd, with one outcome for each client", async () => {
+  const [given] = Deno.args.map(Number); // deno test --allow-net -- SEED
+  const first = Math.floor(Math.random() * 2 ** 31);
+  const seeds = given === undefined
+    ? Array.from({ length: 16 }, (_, i) => first + i)
+    : [given];
+  // All are awaited, so that one that fails does so alone.
+  const crowds = await Promise.allSettled(seeds.map(randomCrowd));
+  const failures = crowds.flatMap((crowd, i) =>
+    crowd.status === "rejected" ? [`seed ${seeds[i]}: ${crowd.reason}`] : []
+  );
+  assertEquals(failures, []);
 });
 
 // ====================== serve(): addresses and options ======================
@@ -623,752 +1699,47 @@ test("serve() throws where it cannot listen", async () => {
   await assertGreets(server);
 });
 
-test("serve() names a bad option and opens nothing", async () => {
-  const numbers = [0, -1, 1.5, 2 ** 31, NaN, Infinity];
-  const nonsense: [unknown, Record<string, unknown[]>][] = [
-    [RangeError, {
-      port: [-1, 65536, 1.5, NaN, Infinity],
-      tcpBacklog: numbers,
-      timeout: numbers,
-      maxConnections: numbers,
-    }],
-    [TypeError, {
-      port: [null, "9000", true],
-      tcpBacklog: [null, "1"],
-      timeout: [null, "1"],
-      maxConnections: [null, "1"],
-      greeting: [null, 5, {}, [1, 2]],
-    }],
-  ];
-  // The numbers at both ends of a range are good ones.
-  const most = 2 ** 31 - 1;
-  const good = {
-    port: [0, 65535],
-    tcpBacklog: [1, most],
-    timeout: [1, most],
-    maxConnections: [1, most],
-  };
-  for (const [name, values] of Object.entries(good)) {
-    for (const value of values) {
-      const options = { signal: AbortSignal.abort(REASON), [name]: value };
+const MAX = 2 ** 31 - 1;
+const NO_COUNTS = [0, -1, 1.5, MAX + 1, NaN, Infinity];
+/** Values that options take, that throw a RangeError, and that throw a TypeError. */
+const OPTIONS: Record<string, [unknown[], unknown[], unknown[]]> = {
+  port: [[0, 65535], [-1, 65536, 1.5, NaN, Infinity], [null, "9000", true]],
+  tcpBacklog: [[1, MAX], NO_COUNTS, [null, "1"]],
+  timeout: [[1, MAX], NO_COUNTS, [null, "1"]],
+  maxConnections: [[1, MAX], NO_COUNTS, [null, "1"]],
+  greeting: [["", new Uint8Array(), () => ""], [], [null, 5, {}, [1, 2]]],
+};
+
+test("serve() takes every good option, and undefined for the default", async () => {
+  const signal = AbortSignal.abort(REASON); // thrown when all are checked
+  for (const [name, [good]] of Object.entries(OPTIONS)) {
+    for (const value of [undefined, ...good]) {
+      const options = { signal, [name]: value };
       assertThrows(() => serve(options), Error, "enough", `${name}: ${value}`);
     }
   }
-  // A server that got as far as listening would find the port in use.
-  await using server = start().server;
-  const { hostname, port } = server.addr;
-  for (const [kind, options] of nonsense) {
-    for (const [name, values] of Object.entries(options)) {
-      for (const value of values) {
-        const options = { hostname, port, [name]: value };
-        const error = assertThrows(() => serve(options)) as Error;
-        assertEquals(error.constructor, kind, `${name}: ${value}: ${error}`);
-        assertStringIncludes(error.message, `${name} must be `);
-      }
-    }
-  }
-});
-
-test("serve() takes undefined for the default", async () => {
   await using server = serve({
     hostname: undefined,
     port: 0,
-    greeting: undefined,
-    tcpBacklog: undefined,
-    timeout: undefined,
-    maxConnections: undefined,
-    reusePort: undefined,
     signal: undefined,
-    onOutcome: undefined,
-    onAcceptError: undefined,
   });
   assertEquals(server.addr.hostname, "0.0.0.0");
-  assertGreater(server.addr.port, 0);
   await assertGreets(server);
 });
 
-// ============================= serve(): stopping =============================
-
-test("shutdown() accepts no more, lets open connections end, and can be called again", async () => {
-  const { server, outcomes } = start({ greeting: LARGE });
-  const conn = await connect(server);
-  await until(() => server.connections === 1);
-  const first = server.shutdown();
-  const second = server.shutdown();
-  let refused = false;
-  while (!refused) {
-    await sleep(10); // whoever comes in every turn holds up the end
-    await connect(server).then((late) => late.close(), () => refused = true);
-  }
-  assertGreaterOrEqual(server.connections, 1);
-  assert(equals(await receive(conn), LARGE));
-  await Promise.all([first, second, server.finished, server.shutdown()]);
-  const whole = outcomes.filter(({ bytes }) => bytes === LARGE.length);
-  assertEquals([server.connections, whole.length], [0, 1]);
-  const { hostname, port } = server.addr; // which are free again
-  await serve({ hostname, port }).shutdown();
-  await server.shutdown(); // for which nothing is left to do
-});
-
-for (
-  const [name, tcpBacklog, clients] of [
-    ["a hundred", 65535, 100],
-    // Linux queues one more than it is told.
-    ["with a backlog of 1", 1, Deno.build.os === "linux" ? 2 : 1],
-  ] as const
-) {
-  test(`shutdown() greets the clients that the kernel has connected, ${name}`, async () => {
-    const { server } = start({
-      tcpBacklog,
-      maxConnections: 1,
-      timeout: 20_000,
-    });
-    const first = await connectAndStay(server);
-    const waiting = await times(clients, () => connect(server));
-    const { shutdown } = server; // as it is handed to a signal, say
-    const shut = shutdown();
-    first.close();
-    await assertAllGreeted(waiting);
-    await shut;
-    await assertRefuses(server);
-  });
-}
-
-test("shutdown() greets clients that speak meanwhile, and waits for silent ones until their deadline", async () => {
-  const { server, errors } = start({ answer: true, timeout: 300 });
-  const silent = await connect(server);
-  const speaker = await connect(server);
-  await until(() => server.connections === 2);
-  const shut = server.shutdown();
-  await send(speaker, 1);
-  await assertAllGreeted([speaker]);
-  assertEquals(await receiveText(silent), "");
-  await shut;
-  const [greeted, cutOff] = errors();
-  assertEquals(greeted, undefined);
-  assertInstanceOf(cutOff, Deno.errors.TimedOut);
-});
-
-test("await using shuts down and waits for open connections", async () => {
-  const { server, outcomes } = start({ timeout: 100 });
-  using _conn = await connectAndStay(server);
-  {
-    await using _ = server;
-    assertEquals(server.connections, 1);
-  }
-  assertEquals([server.connections, outcomes.length], [0, 1]);
-});
-
-// ============================= serve(): aborting =============================
-
-/** A server whose clients would keep it for ever, and what aborts it. */
-function startAbortable(options: ServeOptions = {}) {
-  const controller = new AbortController();
-  const { signal } = controller;
-  const abort = () => controller.abort(REASON);
-  const running = start({ timeout: 600_000, signal, ...options });
-  const finishedAtOnce = () => within(500, running.server.finished);
-  return { abort, finishedAtOnce, ...running };
-}
-
-for (
-  const [clients, options, expected] of [
-    ["are being written to", { greeting: LARGE }, REASON],
-    ["have not spoken yet", { answer: true }, REASON],
-    ["wait for a greeting function", { greeting: () => NEVER }, REASON],
-    ["are greeted and stay", {}, undefined],
-  ] as const
-) {
-  test(`an aborted signal closes clients that ${clients}, at once`, async () => {
-    const { server, outcomes, errors, abort, finishedAtOnce } = startAbortable(
-      options,
-    );
-    const conns = await times(2, () => connect(server));
-    await until(() => server.connections === 2);
-    if (!expected) await until(() => outcomes.length === 2);
-    abort();
-    assertEquals(server.connections, 0);
-    abort(); // again, to which nothing happens
-    await finishedAtOnce();
-    assertEquals(errors(), [expected, expected]);
-    await assertRefuses(server);
-    conns.forEach((conn) => conn.close());
-  });
-}
-
-test("an abort in the greeting function closes the client", async () => {
-  const { server, errors, abort, finishedAtOnce } = startAbortable({
-    greeting() {
-      abort();
-      return NEVER;
-    },
-  });
-  using _conn = await connect(server);
-  await finishedAtOnce();
-  assertEquals(errors(), [REASON]);
-});
-
-test("an abort in onOutcome closes all other clients", async () => {
-  const outcomes: Outcome[] = [];
-  let calls = 0;
-  const { server, abort, finishedAtOnce } = startAbortable({
-    greeting: () => ++calls === 3 ? GREETING : NEVER,
-    onOutcome(outcome) {
-      outcomes.push(outcome);
-      abort();
-    },
-  });
-  const conns = await times(3, () => connect(server));
-  await finishedAtOnce();
-  const errors = outcomes.map(({ error }) => error);
-  assertEquals(errors, [undefined, REASON, REASON]);
-  conns.forEach((conn) => conn.close());
-});
-
-test("an aborted signal ends a shutdown that still greets the queue", async () => {
-  const options = { maxConnections: 1, greeting: LARGE };
-  const { server, errors, abort } = startAbortable(options);
-  const conns = await times(2, () => connect(server));
-  await until(() => server.connections === 1);
-  const shut = server.shutdown();
-  abort();
-  await within(500, shut);
-  assertEquals(errors(), [REASON]); // the other one was not accepted
-  await assertRefuses(server);
-  conns.forEach((conn) => conn.close());
-});
-
-test("an aborted signal does not harm a server that has stopped, and has no hold of it", async () => {
-  const listeners = new Set<unknown>();
-  const controller = new AbortController();
-  const signal = Object.assign(controller.signal, {
-    addEventListener: (_: string, f: unknown) => void listeners.add(f),
-    removeEventListener: (_: string, f: unknown) => void listeners.delete(f),
-  });
-  const { server } = start({ signal });
-  assertEquals(listeners.size, 1);
-  await server.shutdown();
-  assertEquals(listeners.size, 0);
-  controller.abort();
-  await server.finished;
-});
-
-test("shutdown() and await using have nothing left to do after an abort", async () => {
-  const { server, abort, finishedAtOnce } = startAbortable();
-  {
-    await using _ = server;
-    abort();
-    await finishedAtOnce();
-  }
-  await server.shutdown(); // the sanitizers would find timers that this started
-});
-
-test("an abort reason that is no Error reaches onOutcome in one", async () => {
-  const controller = new AbortController();
-  const { signal } = controller;
-  const { server, errors } = start({ greeting: () => NEVER, signal });
-  using _conn = await connect(server);
-  await until(() => server.connections === 1);
-  controller.abort("the power is going");
-  await server.finished;
-  const [error] = errors();
-  assertInstanceOf(error, Error);
-  assertStringIncludes(error!.message, "the power is going");
-  assertEquals(error!.cause, "the power is going");
-});
-
-test("serve() throws the reason of a signal that is aborted already", async () => {
-  await using server = start().server; // whose port would be in use
+test("serve() names a bad option and opens nothing", async () => {
+  // A server that got as far as listening would find the port in use.
+  await using server = start().server;
   const { hostname, port } = server.addr;
-  const signal = AbortSignal.abort(REASON);
-  assertThrows(() => serve({ hostname, port, signal }), Error, "enough");
-});
-
-// ==================== serve(): what the kernel does rarely ====================
-
-// The kernel fails or delays an accept() or a write() only when it lacks memory or
-// has much to do. No client can bring that about when a test needs it. So these
-// tests put a function of their own in the place of accept() or write().
-
-/** Puts a function in the place of accept(), of all listeners. */
-function replaceAccept(
-  replacement: (
-    accept: () => Promise<Deno.TcpConn>,
-    port: number,
-  ) => Promise<Deno.TcpConn>,
-): Disposable {
-  using listener = Deno.listen({ port: 0 });
-  const prototype = Object.getPrototypeOf(listener);
-  const { accept } = prototype;
-  prototype.accept = function () {
-    return replacement(() => accept.call(this), this.addr.port);
-  };
-  return { [Symbol.dispose]: () => prototype.accept = accept };
-}
-
-/** Puts a function in the place of write(), of all accepted connections. */
-function replaceWrite(
-  replacement: (
-    write: () => Promise<number>,
-    data: Uint8Array,
-  ) => Promise<number>,
-): Disposable {
-  return replaceAccept(async (accept) => {
-    const conn = await accept();
-    const { write } = conn;
-    return Object.assign(conn, {
-      write: (data: Uint8Array) =>
-        replacement(() => write.call(conn, data), data),
-    });
-  });
-}
-
-/** Lets accept() fail with each of these errors, a turn later, then succeed. */
-function failAccept(...errors: Error[]): Disposable {
-  return replaceAccept(async (accept) => {
-    if (errors.length === 0) return await accept();
-    await sleep(0);
-    throw errors.shift();
-  });
-}
-
-/** What Deno throws when the process is out of file descriptors. */
-const outOfDescriptors = () => new Error("Too many open files (os error 24)");
-
-test("serve() goes on after accept() has failed, and reports it", async () => {
-  const failures = Array.from({ length: 10 }, outOfDescriptors);
-  using _ = failAccept(...failures);
-  const errors: Error[] = [];
-  const { server } = start({ onAcceptError: (e) => void errors.push(e) });
-  const began = performance.now();
-  await within(1000, assertGreets(server));
-  assertGreaterOrEqual(performance.now() - began, 10 * 9); // 10 ms after each
-  await server.shutdown();
-  assertEquals(errors, failures);
-});
-
-test("serve() takes no notice of clients that left before they were accepted, and does not pause", async () => {
-  // The errors of other systems, where Linux accepts the dead connection.
-  const { ConnectionAborted, ConnectionReset, NotConnected } = Deno.errors;
-  const kinds = [ConnectionAborted, ConnectionReset, NotConnected, TypeError];
-  using _ = failAccept(
-    ...Array.from({ length: 200 }, (_, i) => new kinds[i % 4]!()),
-  );
-  const errors: Error[] = [];
-  const { server } = start({ onAcceptError: (e) => void errors.push(e) });
-  await within(1000, assertGreets(server)); // 10 ms after each would be 2 s
-  await server.shutdown();
-  assertEquals(errors, []);
-});
-
-test("an aborted signal ends the pause after a failed accept()", async () => {
-  using _ = failAccept(outOfDescriptors());
-  const { server, abort, finishedAtOnce } = startAbortable({
-    onAcceptError: () => abort(),
-  });
-  await finishedAtOnce();
-  await assertRefuses(server);
-});
-
-test("an aborted signal closes a connection that is just being accepted", async () => {
-  using _ = replaceAccept(async (accept) => {
-    const conn = await accept();
-    abort();
-    return conn;
-  });
-  const { server, errors, abort, finishedAtOnce } = startAbortable();
-  assertEquals(await receiveText(await connect(server)), "");
-  await finishedAtOnce();
-  assertEquals(errors(), [REASON]);
-});
-
-// Not test(), which fails at an uncaught error.
-Deno.test("serve() goes on when callbacks fail, and their errors are uncaught ones", async () => {
-  const uncaught: string[] = [];
-  using _uncaught = onUncaughtError(({ message }) => uncaught.push(message));
-  using _ = failAccept(outOfDescriptors());
-  let calls = 0;
-  const { server } = start({
-    onOutcome() {
-      if (calls++ === 0) throw new Error("thrown");
-      return Promise.reject(new Error("rejected"));
-    },
-    onAcceptError() {
-      throw new Error("accept");
-    },
-  });
-  await assertGreets(server);
-  await assertGreets(server);
-  await server.shutdown();
-  await until(() => uncaught.length >= 3);
-  assertEquals(uncaught, ["accept", "thrown", "rejected"]);
-  assertEquals(server.connections, 0);
-});
-
-/**
- * Holds every write, as if the kernel took no bytes, until the test lets it go
- * on. The server writes first writes in groups: while one group is held, the next
- * one gathers, and none of its writes may begin.
- */
-function holdWrites() {
-  const held: (() => void)[] = [];
-  const replaced = replaceWrite(async (write) => {
-    await new Promise<void>((go) => held.push(go));
-    return await write();
-  });
-  return {
-    /** Waits until `of` writes are held, no more, and lets `count` of them go. */
-    async release(count: number, of = count) {
-      await until(() => held.length >= of);
-      assertEquals(held.length, of);
-      held.splice(0, count).forEach((go) => go());
-    },
-    [Symbol.dispose]: replaced[Symbol.dispose],
-  };
-}
-
-test("serve() accepts while first writes are held, and writes in closed groups", async () => {
-  using writes = holdWrites();
-  const { server, outcomes } = start();
-  const conns = await times(201, () => connect(server));
-  await until(() => server.connections === 201);
-  await writes.release(1); // the first client is a group of its own
-  await writes.release(0, 200); // the second group: all who came meanwhile
-  conns.push(...await times(3, () => connect(server)));
-  await until(() => server.connections >= 203);
-  await writes.release(199, 200);
-  await until(() => outcomes.length === 200);
-  await writes.release(1); // still the second group; the newcomers wait for it
-  await writes.release(3);
-  await assertAllGreeted(conns);
-  await server.shutdown();
-});
-
-for (const answer of [false, true]) {
-  const after = answer ? "the client has spoken" : "a slow greeting function";
-  test(`serve() writes in groups after ${after}, too`, async () => {
-    using writes = holdWrites();
-    const made = Promise.withResolvers<string>();
-    const greeting = answer ? GREETING : () => made.promise;
-    await using server = start({ answer, greeting }).server;
-    const conns = await times(10, () => connect(server));
-    await until(() => server.connections === 10);
-    made.resolve(GREETING);
-    if (answer) { for (const conn of conns) await send(conn, 1); }
-    await writes.release(1);
-    await writes.release(9);
-    await assertAllGreeted(conns);
-  });
-}
-
-test("serve() cuts off a client that waits for its group, and goes on with the next", async () => {
-  using writes = holdWrites();
-  const { server, outcomes, errors } = start({ timeout: 100 });
-  const conns = await times(3, () => connect(server));
-  await until(() => outcomes.length === 3);
-  assertEquals(server.connections, 0);
-  for (const error of errors()) assertInstanceOf(error, Deno.errors.TimedOut);
-  await writes.release(1);
-  await writes.release(2);
-  const next = assertGreets(server);
-  await writes.release(1);
-  await next;
-  await server.shutdown();
-  conns.forEach((conn) => conn.close());
-});
-
-test("an aborted signal closes clients that wait for their group, at once", async () => {
-  using writes = holdWrites();
-  const { server, errors, abort, finishedAtOnce } = startAbortable();
-  const conns = await times(5, () => connect(server));
-  await until(() => server.connections === 5);
-  abort();
-  await finishedAtOnce();
-  await writes.release(1);
-  await writes.release(4);
-  assertEquals(errors(), Array(5).fill(REASON));
-  conns.forEach((conn) => conn.close());
-});
-
-test("serve() never calls greeted a client that it has cut off", async () => {
-  const cutOff = Promise.withResolvers<void>();
-  // The kernel takes the greeting, but the client is cut off before the server
-  // hears of it.
-  using _ = replaceWrite(async (write) => {
-    const written = await write();
-    await cutOff.promise;
-    return written;
-  });
-  const { server, outcomes, errors } = start({ timeout: 50 });
-  using _conn = await connect(server);
-  await until(() => outcomes.length > 0);
-  cutOff.resolve();
-  await server.shutdown();
-  assertEquals(outcomes.length, 1);
-  assertInstanceOf(errors()[0], Deno.errors.TimedOut);
-});
-
-test("serve() counts a client as greeted that resets right after its greeting", async () => {
-  const reset = Promise.withResolvers<void>();
-  // The server hears of its write only after the reset.
-  using _ = replaceWrite(async (write) => {
-    const written = await write();
-    await reset.promise;
-    return written;
-  });
-  const { server, errors } = start();
-  await connectAndReset(server.addr.port, GREETING.length);
-  reset.resolve();
-  await server.shutdown();
-  assertEquals(errors(), [undefined]);
-});
-
-test("serve() hands the kernel no more than 256 KiB at once", async () => {
-  const sizes: number[] = [];
-  using _ = replaceWrite((write, data) => {
-    sizes.push(data.length);
-    return write();
-  });
-  await using server = start({ greeting: LARGE }).server;
-  assert(equals(await receive(await connect(server)), LARGE));
-  assertEquals(Math.max(...sizes), 256 * 1024);
-});
-
-test("serve() reads what it throws away without holding up the event loop", async () => {
-  using _ = replaceAccept(async (accept) => {
-    const conn = await accept();
-    const { close } = conn;
-    let closed = false;
-    return Object.assign(conn, {
-      read: () => closed ? Promise.reject() : Promise.resolve(1), // at once
-      close() {
-        closed = true;
-        close.call(conn);
-      },
-    });
-  });
-  await using server = start({ timeout: 100 }).server;
-  await assertGreets(server);
-  await assertGreets(server);
-});
-
-for (
-  const failure of [outOfDescriptors, () => new Deno.errors.NotConnected()]
-) {
-  test(`shutdown() greets the clients that the kernel has connected, after failures of accept(): ${failure()}`, async () => {
-    using _ = failAccept(...Array.from({ length: 30 }, failure));
-    const { server } = start({ tcpBacklog: 10 });
-    const waiting = await times(10, () => connect(server));
-    const shut = server.shutdown();
-    await assertAllGreeted(waiting);
-    await shut;
-  });
-}
-
-// A stop ends when accept() has not answered for some turns of the event loop. While
-// many connections are busy, accept() answers many turns late. The queue must not
-// be taken for empty meanwhile.
-for (const meanwhile of ["stay", "leave"]) {
-  test(`shutdown() waits for accept() the longer, the more clients are connected, even if they ${meanwhile} meanwhile`, async () => {
-    const open = 200;
-    const late = Promise.withResolvers<void>();
-    let calls = 0;
-    using _ = replaceAccept(async (accept) => {
-      if (calls++ === open) await late.promise;
-      return await accept();
-    });
-    const { server, outcomes } = start({ timeout: 20_000 });
-    const conns = await times(open, () => connectAndStay(server));
-    await until(() => calls > open);
-    const last = await connect(server);
-    const shut = server.shutdown();
-    if (meanwhile === "leave") conns.forEach((conn) => conn.close());
-    // 4 + 200/25 = 12 turns are allowed, and the answer itself takes a few.
-    for (let turn = 0; turn < 9; turn++) await sleep(0);
-    assertEquals(outcomes.length, open);
-    late.resolve();
-    await assertAllGreeted([last]);
-    if (meanwhile === "stay") conns.forEach((conn) => conn.close());
-    await shut;
-  });
-}
-
-test("shutdown() goes on accepting as long as somebody comes", async () => {
-  using _ = replaceAccept((accept) => sleep(0).then(accept)); // one by one
-  let calls = 0;
-  const all = Promise.withResolvers<string>();
-  const { server } = start({
-    greeting() {
-      if (++calls === 10) all.resolve(GREETING);
-      return all.promise;
-    },
-  });
-  const waiting = await times(10, () => connect(server));
-  const shut = server.shutdown();
-  await assertAllGreeted(waiting);
-  await shut;
-});
-
-test("shutdown() is not held up by a flood for longer than the timeout", async () => {
-  const clients: Promise<unknown>[] = [];
-  // Whenever one is accepted, another comes.
-  using _ = replaceAccept((accept, port) => {
-    const client = Deno.connect({ hostname: "127.0.0.1", port });
-    clients.push(client.then(receive).catch(() => {}));
-    return accept();
-  });
-  // From this process: without a bound to its connections it would outrun it.
-  const { server, outcomes } = start({ timeout: 400, maxConnections: 50 });
-  await until(() => outcomes.length >= 10);
-  const before = outcomes.length;
-  const began = performance.now();
-  await within(1000, server.shutdown());
-  assertGreater(outcomes.length - before, 5);
-  assertGreaterOrEqual(performance.now() - began, 400);
-  await Promise.all(clients);
-});
-
-test("serve() works in a test that has faked the timers since the module was loaded", async () => {
-  const { setTimeout, setInterval, queueMicrotask } = globalThis;
-  const never = () => 0;
-  Object.assign(globalThis, {
-    setTimeout: never,
-    setInterval: never,
-    queueMicrotask: never,
-  });
-  try {
-    const { server, outcomes, errors } = start({
-      timeout: 50,
-      greeting: LARGE,
-    });
-    const conn = await connect(server);
-    await server.shutdown();
-    conn.close();
-    assertEquals(outcomes.length, 1);
-    assertInstanceOf(errors()[0], Deno.errors.TimedOut);
-  } finally {
-    Object.assign(globalThis, { setTimeout, setInterval, queueMicrotask });
-  }
-});
-
-// =============================== A random crowd ===============================
-
-/** Numbers from 0 to 1 that a seed determines (mulberry32). */
-function randomFrom(seed: number): () => number {
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let t = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
-/** What a client of a random crowd did, and saw if it read to its end. */
-interface Visit {
-  /** Left open by who stays, and not to be closed before all are done. */
-  conn?: Deno.Conn;
-  received?: Uint8Array;
-  ended: number;
-}
-
-/** A client that does something at random. */
-async function randomVisit(
-  conn: Deno.TcpConn,
-  pick: <T>(...choices: T[]) => T,
-): Promise<Visit> {
-  const manner = pick("read", "read", "read", "stall", "part", "leave");
-  const before = pick("", "", "wait", "send 10", "send 300000", "half-close");
-  const pace = pick("at once", "at once", "slowly", "byte by byte");
-  const pieces: Uint8Array[] = [];
-  let bytes = 0;
-  try {
-    if (before === "wait") await sleep(20);
-    if (before.startsWith("send")) await send(conn, +before.slice(5));
-    if (before === "half-close") await conn.closeWrite();
-    if (manner === "stall") return { conn, ended: NaN };
-    while (manner !== "leave") {
-      // Not all of a megabyte byte by byte.
-      const size = pace === "byte by byte" && bytes < 50 ? 1 : 100_000;
-      const piece = new Uint8Array(size);
-      const n = await conn.read(piece);
-      if (n === null) break;
-      pieces.push(piece.subarray(0, n));
-      bytes += n;
-      if (manner === "part") break;
-      if (pace === "slowly") await sleep(1);
+  for (const [name, [_, wrongRange, wrongType]] of Object.entries(OPTIONS)) {
+    for (const value of [...wrongRange, ...wrongType]) {
+      const options = { hostname, port, [name]: value };
+      const error = assertThrows(() => serve(options)) as Error;
+      const kind = wrongRange.includes(value) ? RangeError : TypeError;
+      assertEquals(error.constructor, kind, `${name}: ${value}: ${error}`);
+      assertStringIncludes(error.message, `${name} must be `);
     }
-  } catch (error) {
-    assertLeft(error as Error);
   }
-  const ended = performance.now();
-  if (manner === "read") return { conn, received: concat(pieces), ended };
-  conn.close(); // with what was not read, and so a reset
-  return { ended };
-}
-
-/** A server with random options and its crowd, all from one seed. */
-async function randomCrowd(seed: number, accepted: Map<number, number[]>) {
-  const random = randomFrom(seed);
-  const pick = <T>(...choices: T[]) =>
-    choices[Math.floor(random() * choices.length)]!;
-  const size = pick(0, 1, 18, 5000, 300_000, 4_000_000);
-  const whole = LARGE.subarray(seed % 1000, seed % 1000 + size);
-  const timeout = pick(100, 300);
-  const outcomes: (Outcome & { at: number })[] = [];
-  const { server } = start({
-    greeting: pick<ServeOptions["greeting"]>(
-      whole,
-      () => whole,
-      () => Promise.resolve(whole),
-      () => sleep(5).then(() => whole),
-    ),
-    maxConnections: pick(2, 10, 100),
-    timeout,
-    onOutcome: (o) => void outcomes.push({ ...o, at: performance.now() }),
-  });
-  const visits = await times(30, async (i) => {
-    if (i % 10 === 0) await connectAndReset(server.addr.port);
-    return await randomVisit(await connect(server), pick);
-  });
-  for (const { conn, received, ended } of visits) {
-    const port = (conn?.localAddr as Deno.NetAddr | undefined)?.port;
-    conn?.close();
-    if (!received) continue;
-    assert(startsWith(whole, received), "wrong bytes");
-    if (received.length === whole.length) continue;
-    // It has lost something: then its time was up.
-    const outcome = outcomes.find((o) => o.remoteAddr.port === port)!;
-    const { at, milliseconds, error } = outcome;
-    const deadline = error ? at - milliseconds + timeout : at + timeout;
-    assertGreaterOrEqual(ended, deadline - 2, `lost bytes: ${error}`);
-  }
-  await server.shutdown();
-  assertEquals(server.connections, 0);
-  const ports = outcomes.map(({ remoteAddr }) => remoteAddr.port);
-  assertEquals(ports.sort(), accepted.get(server.addr.port)!.sort());
-}
-
-test("serve() keeps its promise to a random crowd, with one outcome for each client", async () => {
-  const [given] = Deno.args.map(Number); // deno test --allow-net -- SEED
-  const first = Math.floor(Math.random() * 2 ** 31);
-  const seeds = given === undefined
-    ? Array.from({ length: 16 }, (_, i) => first + i)
-    : [given];
-  /** The ports of the clients that each server has accepted. */
-  const accepted = new Map<number, number[]>();
-  using _ = replaceAccept(async (accept, port) => {
-    const conn = await accept();
-    accepted.set(port, [...accepted.get(port) ?? [], conn.remoteAddr.port]);
-    return conn;
-  });
-  // All are awaited, so that one that fails does so alone.
-  const crowds = await Promise.allSettled(
-    seeds.map((seed) => randomCrowd(seed, accepted)),
-  );
-  const failures = crowds.flatMap((crowd, i) =>
-    crowd.status === "rejected" ? [`seed ${seeds[i]}: ${crowd.reason}`] : []
-  );
-  assertEquals(failures, []);
 });
 
 // ================================ parseFlags() ================================
@@ -1394,18 +1765,20 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
     [{ port: 80 }, "--port 80", "-p 80", "-p80", "-p=80", "-p 1 --port 80"],
     [{ port: 65535 }, "-p 65535"],
     [{ hostname: "::1" }, "--hostname ::1", "-H ::1", "-H=::1"],
+    [{ hostname: "a=b" }, "--hostname=a=b", "-H a=b", "-H=a=b"],
     [{ greeting: "Hi\n" }, "--greeting Hi", "-g Hi", "-g Hi\n", "-g=Hi"],
-    [{ greeting: "-" }, "--greeting=-", "-g -", "-g-"],
-    [{ greeting: "-v\n" }, "--greeting=-v"],
-    [{ greeting: "a=b\n" }, "-g a=b", "--greeting=a=b"],
+    [{ greeting: "-" }, "--greeting=-", "-g=-", "-g -", "-g-"],
+    [{ greeting: "-v\n" }, "--greeting=-v", "-g=-v"],
+    [{ greeting: "a=b\n" }, "-g a=b", "-g=a=b", "--greeting=a=b"],
     [{ greeting: "5\n" }, "--greeting 5", "-g5"],
-    [{ tcpBacklog: 1 }, "--backlog 1", "-b1"],
-    [{ tcpBacklog: 2147483647 }, "-b 2147483647"],
-    [{ timeout: 2000 }, "--timeout 2", "-t2", "-t 2.0"],
+    [{ tcpBacklog: 1 }, "--backlog 1", "-b1", "-b=1"],
+    [{ tcpBacklog: MAX }, `-b ${MAX}`],
+    [{ timeout: 2000 }, "--timeout 2", "-t2", "-t=2", "-t 2.0"],
     [{ timeout: 500 }, "-t .5", "-t0.5"],
     [{ timeout: 1 }, "-t 0.001"],
     [{ timeout: 1002 }, "-t 1.0015"],
-    [{ maxConnections: 7 }, "--max-connections 7", "-c 7"],
+    [{ maxConnections: 7 }, "--max-connections 7", "-c 7", "-c=7"],
+    [{ maxConnections: MAX }, `-c ${MAX}`],
     [{ reusePort: true }, "--reuse-port", "-r"],
     [{ answer: true }, "--answer", "-a"],
     [{ verbose: true }, "--verbose", "-v"],
@@ -1421,38 +1794,8 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
   }
 });
 
-const badPorts = ["-1", "1.5", "0x50", "1e3", "65536", "x", "-", "١", "1_0"];
-const badTimeouts = ["0", "0.0", "-1", "x", "1e3", "Infinity", "2147484", "1."];
-
 /** What is said, and command lines of which it is: words with a | between them. */
 const BAD_COMMAND_LINES: [string, ...string[]][] = [
-  [
-    "--port needs a value",
-    "--port=",
-    "--port",
-    "--port|",
-    "--port|-1",
-    "-p",
-    "-pv",
-  ],
-  ...[...badPorts, " 80", "80 "].map((value): [string, string] => [
-    `--port must be a whole number from 0 to 65535, not "${value}"`,
-    `--port=${value}`,
-  ]),
-  [String.raw`not "1\n2"`, "--port=1\n2"],
-  ["--hostname needs a value", "--hostname"],
-  ["--greeting needs a value", "--greeting", "--greeting|-x", "-gHi"],
-  ["--backlog must be a whole number from 1 to 2147483647", "-b0", "-b=1.5"],
-  ["--max-connections must be a whole number from 1 to 2147483647", "-c|0"],
-  [`not "2147483648"`, "-c|2147483648"],
-  ...[...badTimeouts, "1,5", "."].map((value): [string, string] => [
-    `--timeout must be a number from 0.001 to 2147483, not "${value}"`,
-    `--timeout=${value}`,
-  ]),
-  [`--verbose takes no value, and was given "no"`, "--verbose=no", "-v|no"],
-  [`--verbose takes no value, and was given "p80"`, "-vp80"],
-  [`--answer takes no value, and was given "no"`, "--answer=no"],
-  ["--help takes no value", "--help=yes"],
   [`unknown flag "--prot"`, "--prot|80"],
   [`unknown flag "--no-port"`, "--no-port"],
   [`unknown flag "-x"`, "-x"],
@@ -1464,6 +1807,54 @@ const BAD_COMMAND_LINES: [string, ...string[]][] = [
   [`stray word "-"`, "-"],
   [String.raw`stray word "two\nlines"`, "two\nlines"],
 ];
+
+// The same mistakes in every flag of a kind. `bad` are values with a space between.
+const noNumbers = "-1 +1 0x10 0b1 1e3 x - ١ 1_0 Infinity NaN 80x 1.".split(" ");
+for (
+  const [flag, letter, rule, bad] of [
+    ["port", "p", "whole number from 0 to 65535", "65536 1.5 .5"],
+    ["backlog", "b", `whole number from 1 to ${MAX}`, "0 2147483648 1.5"],
+    ["max-connections", "c", `whole number from 1 to ${MAX}`, "0 1e9 1.5"],
+    ["timeout", "t", "number from 0.001 to 2147483", "0 0.0 2147484 . 1,5"],
+  ] as const
+) {
+  for (const value of [...noNumbers, ...bad.split(" "), " 80", "80 ", "1\n"]) {
+    const message = `--${flag} must be a ${rule}, not ${JSON.stringify(value)}`;
+    BAD_COMMAND_LINES.push([message, `--${flag}=${value}`]);
+    if (value !== "1\n") {
+      BAD_COMMAND_LINES.push([message, `-${letter}=${value}`]);
+    }
+  }
+}
+for (
+  const flag of "port backlog max-connections timeout hostname greeting".split(
+    " ",
+  )
+) {
+  const letter = flag === "max-connections"
+    ? "c"
+    : flag === "hostname"
+    ? "H"
+    : flag[0];
+  const [long, short] = [`--${flag}`, `-${letter}`];
+  const lines = [
+    long,
+    `${long}=`,
+    `${long}|`,
+    `${long}|-1`,
+    short,
+    `${short}v`,
+  ];
+  BAD_COMMAND_LINES.push([`${long} needs a value`, ...lines]);
+}
+for (const flag of "reuse-port answer verbose help version".split(" ")) {
+  const [long, short] = [
+    `--${flag}`,
+    flag === "version" ? "-V" : `-${flag[0]}`,
+  ];
+  const message = `${long} takes no value, and was given "no"`;
+  BAD_COMMAND_LINES.push([message, `${long}=no`, `${short}|no`, `${short}=no`]);
+}
 
 test("parseFlags() names what is wrong, in one line", async () => {
   for (const [message, ...lines] of BAD_COMMAND_LINES) {
@@ -1477,55 +1868,52 @@ test("parseFlags() names what is wrong, in one line", async () => {
 });
 
 test("parseFlags() gives valid options or one line for any arguments", async () => {
-  const names = "port hostname greeting backlog timeout max-connections " +
-    "reuse-port answer verbose help version p H g b t c r a v h V x no-port _ __proto__ " +
-    "constructor port.a toString";
-  const pieces = [
-    ...names.split(" ").flatMap((n) => [`--${n}`, `-${n}`, `--${n}=`, n]),
-    ...["-", "--", "=", "", " ", "0", "1", "80", "-1", "1.5", "1e3", "99999"],
-    ...["true", "false", "null", "\n", "\0", "ü", "☎", "::1", "0.0.0.0", "a=b"],
+  const names =
+    "--port -p --hostname -H --greeting= -g --backlog -b= --timeout -t " +
+    "--max-connections -c --reuse-port -r --answer -a --verbose -v --help -h -V " +
+    "--no-port --_ --__proto__ --constructor --port.a";
+  const values = [
+    "",
+    "-",
+    "--",
+    "=",
+    " ",
+    "0",
+    "80",
+    "1.5",
+    "true",
+    "null",
+    "\n",
+    "\0",
+    "☎",
+    "::1",
+    "a=b",
   ];
+  const pieces = [...names.split(" "), ...values];
   const pick = () => pieces[Math.floor(Math.random() * pieces.length)]!;
-  const signal = AbortSignal.abort(REASON);
+  const signal = AbortSignal.abort(REASON); // thrown when the options are checked
   let parsed = 0;
-  for (let i = 0; i < 20_000; i++) {
+  for (let i = 0; i < 10_000; i++) {
     const args = Array.from(
       { length: i % 5 },
       () => Math.random() < 0.7 ? pick() : pick() + pick(),
     );
     const flags = await parseFlags(args).catch((error: Error) => {
-      const kinds: unknown[] = [Error, RangeError];
-      assert(kinds.includes(error.constructor), `${args}: ${error}`);
       assertMatch(error.message, /^[^\n]+$/);
     });
     if (!flags) continue;
     parsed++;
-    // Checks the options first, and then throws the reason.
     assertThrows(() => serve({ ...flags, signal }), Error, "enough");
     assert(flags.hostname !== "" && flags.greeting !== "");
-    for (const name of ["reusePort", "answer", "verbose", "help"] as const) {
-      assertEquals(typeof flags[name], "boolean");
-    }
   }
-  assertGreater(parsed, 4000);
+  assertGreater(parsed, 2000);
 });
 
-// ========================== The command line: tools ==========================
-
-/** What the tests of the command line need: processes, sh, nc, script, /proc. */
-const hasProcesses = Deno.build.os === "linux" &&
-  Deno.permissions.querySync({ name: "run" }).state === "granted";
+// =========================== The command line: tools ===========================
 
 /** A test of server.ts as a process. */
 function it(name: string, fn: () => Promise<void>, ignore = false): void {
   test(`server.ts ${name}`, fn, ignore || !hasProcesses);
-}
-
-const SERVER = `${import.meta.dirname}/server.ts`;
-
-/** What runs the server: after it come the server's own arguments. */
-function denoRun(...permissions: string[]): string[] {
-  return [Deno.execPath(), "run", "--no-prompt", ...permissions, SERVER];
 }
 
 /** Runs a shell script to its end, with `args` as its "$@". */
@@ -1536,44 +1924,19 @@ async function sh(script: string, ...args: string[]) {
   return { code: run.code, stdout: run.stdout, out, err };
 }
 
-/** The lines of a stream, as they come. */
-function watch(stream: ReadableStream<Uint8Array>) {
-  let text = "";
-  let over = false;
-  const end = (async () => {
-    for await (const piece of stream.pipeThrough(new TextDecoderStream())) {
-      text += piece;
-    }
-    over = true;
-  })();
-  const lines = () => text.split(/\r?\n/).slice(0, -1);
-  /** Waits for a line. */
-  async function line(pattern: RegExp): Promise<RegExpExecArray> {
-    const found = () =>
-      lines().map((line) => pattern.exec(line)).find((match) => match);
-    await until(() => found() || over);
-    const match = found();
-    if (!match) throw new Error(`no line ${pattern}: ${text}`);
-    return match;
-  }
-  return { end, lines, line };
-}
-
 /** Starts the command line, on a free port of 127.0.0.1 unless `args` differ. */
 async function launch(
   args: string[] = [],
   { stdin = new Uint8Array(), limit = "", permission = "--allow-net" } = {},
 ) {
-  const command = [...denoRun(permission), "-H127.0.0.1", "-p0", ...args];
+  const command = [...denoRun([permission]), "-H127.0.0.1", "-p0", ...args];
   const child = new Deno.Command("sh", {
     args: ["-c", `${limit} exec "$@"`, "sh", ...command],
     stdin: "piped",
     stderr: "piped",
   }).spawn();
   const log = watch(child.stderr);
-  const writer = child.stdin.getWriter();
-  await writer.write(stdin);
-  await writer.close();
+  await new Blob([stdin]).stream().pipeTo(child.stdin);
   const [, address, port, nc = ""] = await log.line(
     /^Listening on (.*):(\d+) \(try: (nc .*)\)$/,
   );
@@ -1613,33 +1976,32 @@ it("greets nc, and stops on SIGINT, SIGTERM and SIGHUP", async () => {
     const talking = await sh(`echo Hello from nc | ${server.nc}`);
     assertEquals(talking.out, GREETING);
     assertEquals(await server.stop(signal), stopped(2));
-    const [first, ...others] = server.lines();
-    assertMatch(first!, /^Listening/);
-    for (const line of others) assertMatch(line, /^Stop/); // none for a client
   }
 });
 
-it("does not say that it waits where no connection is open", async () => {
-  const server = await launch();
-  assertEquals(await server.stop(), stopped(0));
-  assertEquals(server.lines().length, 2);
+it("prints no line for a client, and none for a stop without clients", async () => {
+  const server = await launch(["--timeout=0.1", "--answer"]);
+  assertEquals((await sh(`echo Hello | ${server.nc}`)).out, GREETING);
+  assertEquals(await receiveText(await server.connect()), ""); // cut off
+  assertEquals(await server.stop(), stopped(1, 1));
+  assertEquals(server.lines().length, 2); // Listening and Stopped
 });
 
 for (
-  const [host, address, client] of [
-    ["0.0.0.0", "0.0.0.0", "127.0.0.1"],
-    ["127.0.0.2", "127.0.0.2", "127.0.0.2"],
-    ["localhost", "127.0.0.1", "127.0.0.1"],
-    ["::", "[::]", "::1"],
-    ["::1", "[::1]", "::1"],
-  ] as const
+  const [host, ...expected] of [
+    ["0.0.0.0", "0.0.0.0 127.0.0.1"],
+    ["127.0.0.2", "127.0.0.2 127.0.0.2"],
+    ["localhost", "127.0.0.1 127.0.0.1", "[::1] ::1"],
+    ["::", "[::] ::1"],
+    ["::1", "[::1] ::1"],
+  ] as [string, ...string[]][]
 ) {
   it(
     `shows how to reach it on ${host}, with a command that works`,
     async () => {
       const server = await launch(["--hostname", host]);
-      assertEquals(server.address, address);
-      assertStringIncludes(server.nc, `nc ${client} `);
+      const shown = `${server.address} ${server.nc.split(" ")[1]}`;
+      assert(expected.includes(shown), shown);
       assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
       assertEquals(await server.stop(), stopped(1));
     },
@@ -1711,64 +2073,31 @@ it("prints a line for every connection with --verbose", async () => {
   assertEquals(await server.stop(), stopped(1, 1));
 });
 
-for (
-  const [what, code, command, line] of [
-    // One process for each kind of problem. The tests of parseFlags() have all.
-    ["a bad value", 2, "server.ts -p 1.5", "--port must be "],
-    ["a missing value", 2, "server.ts --port=", "--port needs a value"],
-    ["an unknown flag", 2, "server.ts --bogus", "unknown flag"],
-    ["a stray word", 2, "server.ts 'a\nb'", "stray word"],
-    [
-      "a port in use",
-      1,
-      "--allow-net server.ts -p TAKEN",
-      "on 0.0.0.0:TAKEN: Address already in use",
-    ],
-    [
-      "the address of another machine",
-      1,
-      "--allow-net server.ts -H 203.0.113.1 -p TAKEN",
-      "on 203.0.113.1:TAKEN: Cannot assign",
-    ],
-    [
-      "a name without an address",
-      1,
-      "--allow-net server.ts -H no.invalid -p TAKEN",
-      "on no.invalid:TAKEN: failed to lookup",
-    ],
-    [
-      "two lines for a host",
-      1,
-      "--allow-net server.ts -H 'a\nb' -p TAKEN",
-      "on a b:TAKEN: invalid",
-    ],
-    ["no permission", 1, "server.ts", "run again with the --allow-net flag"],
-    [
-      "a permission for another address",
-      1,
-      "--allow-net=0.0.0.0 server.ts -H ::1 -p TAKEN",
-      "on [::1]:TAKEN: Requires net access",
-    ],
-    [
-      "empty standard input",
-      1,
-      "server.ts --greeting=- </dev/null",
-      "read standard input: it is empty",
-    ],
-    [
-      "a folder as standard input",
-      1,
-      "server.ts --greeting=- </",
-      "read standard input: Is a directory",
-    ],
-    [
-      "a full disk for the help",
-      1,
-      "server.ts --help >/dev/full",
-      "write to standard output: No space left",
-    ],
-  ] as const
-) {
+// What is wrong, the exit code, the arguments of `deno run`, and a part of the line. One
+// row for each kind of mistake in a flag: the tests of parseFlags() have them all.
+const MISTAKES = String.raw`
+a bad value | 2 | server.ts -p 1.5 | --port must be a whole
+a missing value | 2 | server.ts --port= | --port needs a value
+an unknown flag | 2 | server.ts --bogus | unknown flag "--bogus"
+a stray word | 2 | server.ts "$(printf 'a\nb')" | stray word "a\nb"
+a port in use | 1 | --allow-net server.ts -p TAKEN | on 0.0.0.0:TAKEN: Address already in use
+the address of another machine | 1 | --allow-net server.ts -H 203.0.113.1 -p TAKEN | on 203.0.113.1:TAKEN: Cannot assign
+a name without an address | 1 | --allow-net server.ts -H no.invalid -p TAKEN | on no.invalid:TAKEN: failed to lookup
+two lines for a host | 1 | --allow-net server.ts -H "$(printf 'a\nb')" -p TAKEN | on a b:TAKEN: invalid
+no permission | 1 | server.ts | run again with the --allow-net flag
+a permission for another address | 1 | --allow-net=0.0.0.0 server.ts -H ::1 -p TAKEN | on [::1]:TAKEN: Requires net access
+empty standard input | 1 | server.ts --greeting=- </dev/null | read standard input: it is empty
+a folder as standard input | 1 | server.ts --greeting=- </ | read standard input: Is a directory
+a full disk for the help | 1 | server.ts --help >/dev/full | write to standard output: No space left
+`;
+
+for (const row of MISTAKES.trim().split("\n")) {
+  const [what, code, command, line] = row.split(" | ") as [
+    string,
+    string,
+    string,
+    string,
+  ];
   it(`says what is wrong with ${what} in one line, with exit code ${code}`, async () => {
     // A server that got as far as listening would find the port in use.
     using listener = Deno.listen({ port: 0 });
@@ -1778,9 +2107,11 @@ for (
       import.meta.dirname!,
       Deno.execPath(),
     );
-    assertEquals([run.code, run.out], [code, ""], run.err);
-    const form = code === 2 ? /^.+ \(see --help\)\n$/ : /^Cannot .+\n$/;
-    assertMatch(run.err, form);
+    assertEquals([run.code, run.out], [Number(code), ""], run.err);
+    assertMatch(
+      run.err,
+      code === "2" ? /^.+ \(see --help\)\n$/ : /^Cannot .+\n$/,
+    );
     assertStringIncludes(run.err, line.replace("TAKEN", taken));
   });
 }
@@ -1808,7 +2139,7 @@ const hasPrivilegedPorts = hasProcesses &&
 it("says that a port is privileged", async () => {
   const { code, err } = await sh(
     '[ "$(id -u)" = 0 ] && without="setpriv --bounding-set=-net_bind_service"; exec $without "$@"',
-    ...denoRun("--allow-net"),
+    ...denoRun(),
     "-p1",
   );
   assertEquals(code, 1);
@@ -1816,10 +2147,10 @@ it("says that a port is privileged", async () => {
 }, !hasPrivilegedPorts);
 
 it("prints help and version to standard output, without any permission", async () => {
-  const help = await sh('exec "$@"', ...denoRun(), "--help");
+  const help = await sh('exec "$@"', ...denoRun([]), "--help");
   assertEquals([help.code, help.err], [0, ""]);
   assert(readme.includes(`\`\`\`\n${help.out}\`\`\`\n`), help.out);
-  const version = await sh('exec "$@"', ...denoRun(), "-V");
+  const version = await sh('exec "$@"', ...denoRun([]), "-V");
   assertEquals([version.code, version.err], [0, ""]);
   assertEquals(version.out, `${config.name} ${config.version}\n`);
 });
@@ -1831,56 +2162,49 @@ it("needs no more permission than its own address", async () => {
   assertEquals(await server.stop(), stopped(1));
 });
 
-// ================== server.ts and its examples, elsewhere ==================
+// ============ In other projects, and as a lone copy: import and run ============
 
-it("is imported by path, or copied, into any project", async () => {
+/** Runs a script in a new folder, with deno as "$1" and server.ts as "$2". */
+function inNewFolder(script: string, ...args: string[]) {
+  const all = [Deno.execPath(), SERVER, ...args];
+  return sh(
+    `dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cd "$dir" && ${script}`,
+    ...all,
+  );
+}
+
+it("is imported by path, or copied, under the strictest compiler options", async () => {
   const strictest = "erasableSyntaxOnly exactOptionalPropertyTypes strict " +
     "isolatedDeclarations noFallthroughCasesInSwitch noImplicitOverride " +
     "noImplicitReturns noPropertyAccessFromIndexSignature noUnusedLocals " +
     "noUncheckedIndexedAccess noUnusedParameters verbatimModuleSyntax";
-  const stable = [
-    "dom",
-    "dom.iterable",
-    "dom.asynciterable",
-    "deno.ns",
-    "esnext",
-  ];
-  const projects = [
-    {},
-    Object.fromEntries(strictest.split(" ").map((option) => [option, true])),
-    { lib: stable }, // without deno.unstable
-  ];
+  const compilerOptions = {
+    ...Object.fromEntries(strictest.split(" ").map((option) => [option, true])),
+    // Without deno.unstable.
+    lib: ["dom", "dom.iterable", "dom.asynciterable", "deno.ns", "esnext"],
+  };
   const program = (from: string) =>
     `import { serve } from "${from}";
 await using server = serve({ hostname: "127.0.0.1", port: 0 });
 const conn = await Deno.connect({ port: server.addr.port });
 console.log(await new Response(conn.readable).text());`;
-  const { code, out, err } = await sh(
-    `deno=$1 path=$2; dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cd "$dir" &&
-    cp "$path" . && printf %s "$3" >path.ts && printf %s "$4" >copy.ts || exit
-    shift 4
-    for config; do
-      echo "$config" >deno.json
-      "$deno" check server.ts path.ts copy.ts && "$deno" run --allow-net path.ts &&
-      "$deno" run --allow-net copy.ts || exit
-    done`,
-    Deno.execPath(),
-    SERVER,
+  const { code, out, err } = await inNewFolder(
+    `cp "$2" . && printf %s "$3" >path.ts && printf %s "$4" >copy.ts &&
+    echo "$5" >deno.json && "$1" check server.ts path.ts copy.ts &&
+    "$1" run --allow-net path.ts && "$1" run --allow-net copy.ts`,
     program(SERVER),
     program("./server.ts"),
-    ...projects.map((compilerOptions) => JSON.stringify({ compilerOptions })),
+    JSON.stringify({ compilerOptions }),
   );
-  assertEquals([code, out], [0, `${GREETING}\n`.repeat(6)], err);
+  assertEquals([code, out], [0, `${GREETING}\n`.repeat(2)], err);
 });
 
 it("has programs in the README that type-check", async () => {
   const programs = [...readme.matchAll(/^```ts ignore\n([^]*?)^```/gm)];
   assertEquals(programs.length, 3);
   for (const [, program] of programs) {
-    const { code, err } = await sh(
-      `dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cd "$dir" &&
-      printf '%s\nexport {};' "$2" >program.ts && "$1" check program.ts`,
-      Deno.execPath(),
+    const { code, err } = await inNewFolder(
+      `printf '%s\nexport {};' "$3" >program.ts && "$1" check program.ts`,
       program!,
     );
     assertEquals(code, 0, err);
@@ -1889,11 +2213,8 @@ it("has programs in the README that type-check", async () => {
 
 it("says in one line that a lone copy lacks @std/cli, with exit code 1", async () => {
   for (const flag of ["--port=0", "--help"]) {
-    const { code, out, err } = await sh(
-      `dir=$(mktemp -d) && trap 'rm -r "$dir"' EXIT && cp "$2" "$dir" &&
-      "$1" run --no-prompt --allow-net "$dir/server.ts" "$3"`,
-      Deno.execPath(),
-      SERVER,
+    const { code, out, err } = await inNewFolder(
+      'cp "$2" . && "$1" run --no-prompt --allow-net server.ts "$3"',
       flag,
     );
     assertEquals([code, out], [1, ""], err);
@@ -1901,53 +2222,24 @@ it("says in one line that a lone copy lacks @std/cli, with exit code 1", async (
   }
 });
 
-it("serves when the example of the module comment is run as a program", async () => {
-  const source = (await sh('cat "$1"', SERVER)).out;
-  const [, comment] = /```ts ignore\n([^]*?)\n \* ```/.exec(source)!;
-  const listeners = times(3, () => Promise.resolve(Deno.listen({ port: 0 })));
-  const ports = (await listeners).map(({ addr }) =>
-    (addr as Deno.NetAddr).port
-  );
-  (await listeners).forEach((listener) => listener.close());
-  let i = 0;
-  const example = comment!.replace(/^ \* ?/gm, "")
-    .replace("./server.ts", SERVER)
-    .replace(/port: \d+/g, () => `port: ${ports[i++]}`);
-  assertEquals(i, 3);
-  const child = new Deno.Command(Deno.execPath(), {
-    args: ["run", "--check", "--no-prompt", "--allow-net", "--ext=ts", "-"],
-    stdin: "piped",
-  }).spawn();
-  const writer = child.stdin.getWriter();
-  await writer.write(new TextEncoder().encode(example));
-  await writer.close();
-  const greetings: string[] = [];
-  for (const port of ports) {
-    let conn: Deno.Conn | undefined;
-    while (!conn) conn = await Deno.connect({ port }).catch(() => undefined);
-    greetings.push(await receiveText(conn));
-  }
-  child.kill("SIGKILL");
-  await child.status;
-  assertEquals(greetings[0], "Less is more.\r\n");
-  assertMatch(greetings[1]!, /^\w{3} \w{3} \d\d .*\r\n$/);
-  assertEquals(greetings[2], "127.0.0.1\n");
-});
-
 // ======================= The command line: how it stops =======================
 
-it("lets open connections end when told to stop, and says what it waits for", async () => {
-  const server = await launch(["--timeout=20"]);
-  using conn = await server.connect();
-  await conn.read(new Uint8Array(100));
+it("lets open connections end when told to stop, and says how many it waits for", async () => {
+  const server = await launch(["--timeout=20", "--answer"]);
+  const conns = await times(3, server.connect);
+  for (const conn of conns) await send(conn, 1);
+  for (const conn of conns) await conn.read(new Uint8Array(100));
   const began = performance.now();
+  conns.pop()!.close();
+  await sleep(100); // the server has seen that it left
   server.kill("SIGINT");
   await server.line(
-    /^Stopping: waiting for clients \(1 left\); a second signal ends it$/,
+    /^Stopping: waiting for clients \(2 left\); a second signal ends it$/,
   );
   server.kill("SIGINT"); // so soon it is the same one, as under deno task
-  assertEquals(await server.ended(), stopped(1));
+  assertEquals(await server.ended(), stopped(3));
   assertLess(performance.now() - began, 10_000); // the timeout has not come
+  conns.forEach((conn) => conn.close());
 });
 
 for (
@@ -1981,8 +2273,8 @@ for (
 
 /** Runs a command on a terminal of its own. */
 function onTerminal(command: string) {
-  const child = new Deno.Command("script", {
-    args: ["-qec", command, "/dev/null"],
+  const child = new Deno.Command("setpriv", {
+    args: ["--pdeathsig=KILL", "script", "-qec", command, "/dev/null"],
     cwd: import.meta.dirname,
     stdin: "piped",
     stdout: "piped",
@@ -2017,9 +2309,7 @@ it("takes one Ctrl-C for one, under deno task too", async () => {
 });
 
 it("says when it reads the greeting from a terminal", async () => {
-  const terminal = onTerminal(
-    `"${denoRun("--allow-net").join('" "')}" -p0 -g-`,
-  );
+  const terminal = onTerminal(`"${denoRun().join('" "')}" -p0 -g-`);
   await terminal.line(
     /^Reading the greeting from the terminal; end it with Ctrl-D$/,
   );
@@ -2032,22 +2322,22 @@ it("says when it reads the greeting from a terminal", async () => {
   await terminal.end();
 });
 
-for (const crowd of ["nobody", "1,000 that send", "1,000 that leave"]) {
-  it(`greets whom the kernel has connected behind ${crowd}, and then stops`, async () => {
-    const server = await launch();
-    const size = crowd === "nobody" ? 1 : 1000; // one, for it to be awake
-    const others = await times(size, server.connect);
-    for (const conn of others) await conn.read(new Uint8Array(100));
+for (const others of ["nobody", "3,000 that send", "3,000 that leave"]) {
+  it(`greets the clients in the queue behind ${others}, and then stops`, async () => {
+    const server = await launch(["--timeout=20"]);
+    const size = others === "nobody" ? 1 : 3000; // one, for it to be awake
+    const conns = await inTurn(size, server.connect);
+    for (const conn of conns) await conn.read(new Uint8Array(100));
     server.kill("SIGSTOP");
-    for (const conn of others) {
-      if (crowd.endsWith("send")) await conn.write(new Uint8Array(100));
+    for (const conn of conns) {
+      if (others.endsWith("send")) await conn.write(new Uint8Array(100));
       else conn.close();
     }
-    const waiting = await times(500, server.connect);
+    const waiting = await inTurn(500, server.connect);
     server.kill("SIGCONT");
     server.kill("SIGTERM");
     await assertAllGreeted(waiting);
-    if (crowd.endsWith("send")) others.forEach((conn) => conn.close());
+    if (others.endsWith("send")) conns.forEach((conn) => conn.close());
     assertEquals(await server.ended(), stopped(size + 500));
     await assertRejects(server.connect, Deno.errors.ConnectionRefused);
   });
@@ -2141,49 +2431,46 @@ it("shares a port between processes with --reuse-port", async () => {
   assertLostNobody(secondEnd, sent["second\n"]);
 });
 
-// ==================== The command line: its surroundings ====================
+// ============== The command line: descriptors, sockets and CPU ==============
 
-it("lives through a want of file descriptors, and greets all in the end", async () => {
-  const began = performance.now();
+it("greets all without free file descriptors, though they stay and it is told to stop", async () => {
   const server = await launch(["--timeout=20"], { limit: "ulimit -n 64;" });
   const conns = await times(100, server.connect);
+  const began = performance.now();
+  await server.line(/^Cannot accept, trying again: Too many open files/);
+  server.kill("SIGTERM");
   for (const conn of conns) { // they read, but never close
     assertEquals(await conn.read(new Uint8Array(100)), GREETING.length);
   }
-  assertEquals(await server.stop(), stopped(100));
+  assertEquals(await server.ended(), stopped(100));
   conns.forEach((conn) => conn.close());
-  const complaints = server.lines().filter((line) =>
-    /^Cannot accept, trying again: Too many open files/.test(line)
-  );
-  assertGreater(complaints.length, 0);
+  const complaints = server.lines().filter((line) => /^Cannot/.test(line));
   // One a second.
   assertLess(complaints.length, 2 + (performance.now() - began) / 1000);
 });
 
-it("holds waiting clients in little memory, and gives every socket back", async () => {
+it("says at once that it is out of file descriptors, even if that is over at once", async () => {
+  const server = await launch([], { limit: "ulimit -n 64;" });
+  await assertAllGreeted(await times(100, server.connect));
+  assertEquals(await server.stop(), stopped(100));
+  const complaints = server.lines().filter((line) => /^Cannot/.test(line));
+  assertEquals(complaints.length, 1);
+});
+
+it("gives every socket back", async () => {
   const args = ["--timeout=1000", "--greeting=-"];
   const server = await launch(args, { stdin: LARGE });
-  const figures = async () => {
-    const { out } = await sh(
-      `awk '/VmRSS/ { print $2 }' /proc/${server.pid}/status; ls -l /proc/${server.pid}/fd | grep -c socket:`,
-    );
-    const [kilobytes = NaN, sockets = NaN] = out.split("\n").map(Number);
-    return { kilobytes, sockets };
+  const count = async () => {
+    const { out } = await sh(`ls -l /proc/${server.pid}/fd | grep -c socket:`);
+    return Number(out);
   };
-  const idle = (await figures()).sockets;
-  const untilOpen = async (clients: number) => {
-    while ((await figures()).sockets !== idle + clients);
-  };
-  await times(300, async () => (await server.connect()).close()); // warms it up
-  await untilOpen(0);
-  const before = await figures();
-  const conns = await times(300, server.connect);
-  for (const conn of conns) await conn.read(new Uint8Array(100));
-  await untilOpen(300);
-  const during = await figures();
-  assertLess((during.kilobytes - before.kilobytes) / conns.length, 20);
-  conns.forEach((conn) => conn.close());
-  await untilOpen(0);
+  const idle = await count();
+  for (let i = 0; i < 2; i++) {
+    const conns = await times(300, server.connect);
+    while (await count() !== idle + 300);
+    conns.forEach((conn) => conn.close());
+    while (await count() !== idle);
+  }
   assertEquals((await server.stop()).code, 0);
 });
 
@@ -2228,7 +2515,7 @@ async function launchUnread(script = 'exec "$@"') {
   const listener = Deno.listen({ port: 0 }); // one that was free a moment ago
   const { port } = listener.addr as Deno.NetAddr;
   listener.close();
-  const command = [...denoRun("--allow-net"), "--verbose", `--port=${port}`];
+  const command = [...denoRun(), "--verbose", `--port=${port}`];
   const child = new Deno.Command("sh", {
     args: ["-c", script, "sh", ...command],
     stderr: "piped",
@@ -2241,7 +2528,14 @@ async function launchUnread(script = 'exec "$@"') {
     child.kill("SIGTERM");
     assertEquals((await child.status).code, 0);
   }
-  return { stderr: child.stderr, connect, stop };
+  /** The CPU time that it has used, in hundredths of a second. */
+  async function cpu() {
+    const { out } = await sh(
+      `awk '{ print $14 + $15 }' /proc/${child.pid}/stat`,
+    );
+    return Number(out);
+  }
+  return { stderr: child.stderr, connect, stop, cpu };
 }
 
 for (
@@ -2252,20 +2546,37 @@ for (
     ["is not read", 'exec "$@"'],
   ] as const
 ) {
-  it(`greets on and stops while its log ${log}`, async () => {
+  it(`greets on while its log ${log}, and stops within a second`, async () => {
     const server = await launchUnread(script);
     if (log === "has lost its reader") await server.stderr.cancel();
     await greetMany(server.connect, 3000);
-    await server.stop();
+    await within(1000, server.stop());
     await server.stderr.cancel();
   });
 }
 
-it("writes every line of a log that is read late, where that is non-blocking", async () => {
+it("waits at the end for the reader of its log, for a moment", async () => {
+  const server = await launchUnread();
+  await greetMany(server.connect, 3000);
+  const stop = server.stop();
+  await sleep(250); // half of the time that it waits
+  const { lines, end } = watch(server.stderr);
+  await stop;
+  await end;
+  assertEquals(lines().at(-1), "Stopped: 3001 greeted, 0 failed");
+});
+
+it("writes every line of a log that is read late, where that is non-blocking, and rests meanwhile", async () => {
   const server = await launchUnread(
     `exec perl -MFcntl -e 'fcntl(STDERR, F_SETFL, O_WRONLY | O_NONBLOCK); exec @ARGV' "$@"`,
   );
   await greetMany(server.connect, 3000);
+  let before: number, after = await server.cpu();
+  do { // until it has nothing to do but wait for the reader
+    before = after;
+    await sleep(300);
+    after = await server.cpu();
+  } while (after - before > 3);
   const { lines, end } = watch(server.stderr);
   await until(() => lines().length === 3002); // with "Listening"
   for (const line of lines().slice(1)) {
@@ -2296,57 +2607,25 @@ it("keeps a mebibyte of a log that is not read, drops later lines, and goes on w
 
 // ================================= Benchmarks =================================
 
-const MESSAGE = new TextEncoder().encode(GREETING);
 const SINK = new Uint8Array(262144);
 
-/** The plain loop of the README: no half-close, no drain, no deadline. */
-async function plain(conn: Deno.TcpConn) {
-  await conn.write(MESSAGE);
-  conn.close();
-}
-
 /** The same promise as serve()'s, and nothing else: no deadline, no limits. */
-async function floor(conn: Deno.TcpConn) {
-  await conn.write(MESSAGE);
-  await conn.closeWrite();
-  while (await conn.read(SINK) !== null);
-  conn.close();
-}
-
-function loop(greet: (conn: Deno.TcpConn) => Promise<void>) {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  (async () => {
-    for await (const conn of listener) greet(conn);
-  })();
-  return { port: listener.addr.port, stop: () => listener.close() };
-}
-
-function greetingServer() {
-  const { server } = start();
-  return { port: server.addr.port, stop: server.shutdown };
-}
-
-/** Greets `total` clients, `atOnce` of them at the same time. */
-async function load(port: number, atOnce: number, total: number) {
-  let left = total;
-  async function client() {
-    const buffer = new Uint8Array(100);
-    while (left-- > 0) {
-      using conn = await Deno.connect({ hostname: "127.0.0.1", port });
-      let bytes = 0;
-      for (let n; (n = await conn.read(buffer)) !== null;) bytes += n;
-      assertEquals(bytes, GREETING.length);
-    }
+async function floor(greeting: Uint8Array, listener: Deno.TcpListener) {
+  async function greet(conn: Deno.TcpConn) {
+    await conn.write(greeting);
+    await conn.closeWrite();
+    while (await conn.read(SINK) !== null);
+    conn.close();
   }
-  await Promise.all(Array.from({ length: atOnce }, client));
+  for await (const conn of listener) greet(conn);
 }
 
 for (const atOnce of [1, 64]) {
   for (
     const [name, launch] of [
-      ["plain loop", () => loop(plain)],
-      ["floor", () => loop(floor)],
-      ["serve()", greetingServer],
+      ["plain loop", () => startLoop(plainLoop)],
+      ["floor", () => startLoop(floor)],
+      ["serve()", () => start().server],
     ] as const
   ) {
     Deno.bench({
@@ -2356,11 +2635,11 @@ for (const atOnce of [1, 64]) {
       warmup: 2,
       n: 50,
       async fn(b) {
-        const { port, stop } = launch();
+        const server = launch();
         b.start();
-        await load(port, atOnce, 1000);
+        await load(server, atOnce, 1000);
         b.end();
-        await stop();
+        await server.shutdown();
       },
     });
   }
