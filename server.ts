@@ -1,3 +1,5 @@
+// Copyright 2026 the greeting server authors. MIT license.
+
 /**
  * A TCP server that writes a greeting to every client and closes the connection.
  *
@@ -8,16 +10,7 @@
  * nc localhost 9000
  * ```
  *
- * Or import {@linkcode serve}. Each of these three servers takes one line:
- *
- * ```ts ignore
- * import { serve } from "./server.ts";
- *
- * // Quote of the day (RFC 865), the time (RFC 867), and the client's address.
- * serve({ port: 9017, greeting: "Less is more.\r\n" });
- * serve({ port: 9013, greeting: () => `${new Date()}\r\n` });
- * serve({ port: 9001, greeting: (client) => `${client.hostname}\n` });
- * ```
+ * Or import {@linkcode serve}.
  *
  * The file follows the eight steps of a socket server. `serve()` makes steps 1 to
  * 4: socket, address, bind, listen. The class `Server` makes steps 5 to 8: accept,
@@ -42,11 +35,21 @@
  * console.log(await new Response(conn.readable).text());
  * ```
  *
+ * @example The quote of the day (RFC 865), the time (RFC 867), the client's address
+ * ```ts
+ * import { serve } from "./server.ts";
+ *
+ * await using quote = serve({ port: 0, greeting: "Less is more.\r\n" });
+ * await using time = serve({ port: 0, greeting: () => `${new Date()}\r\n` });
+ * await using address = serve({ port: 0, greeting: ({ hostname }) => hostname });
+ * ```
+ *
  * @throws {TypeError} An option has the wrong type.
  * @throws {RangeError} A number is out of its range.
- * @throws {Deno.errors.AddrInUse} Another program listens on this address. Other
- * errors of `Deno.listen` are thrown as well, such as
- * `Deno.errors.AddrNotAvailable` and `Deno.errors.PermissionDenied`.
+ * @throws {Deno.errors.AddrInUse} Another program listens on this address.
+ * @throws {Deno.errors.NotCapable} The address needs `--allow-net`.
+ * @throws Any other error of `Deno.listen()`, such as
+ * `Deno.errors.AddrNotAvailable` or `Deno.errors.PermissionDenied`.
  * @throws The reason of `signal`, if it is aborted already.
  */
 export function serve(options: ServeOptions = {}): GreetingServer {
@@ -90,9 +93,9 @@ class Server implements GreetingServer {
 
   /** The life of the server. */
   async #run() {
-    const accepting = this.#accept();
+    const accepting = this.#accept(); // goes on until the listener is closed
     await this.#stop.promise;
-    await this.#greetQueue();
+    await this.#untilQueueIsGreeted();
     this.#closeListener();
     await accepting;
     await this.#connections.allEnded();
@@ -100,8 +103,9 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Step 5: accept clients until the listener is closed. `#queueWatch` is told
-   * when accept() has given a client or an error, and when it is not called.
+   * Step 5: accept clients until the listener is closed. `#queueWatch` is told of
+   * each answer of accept(), and of each pause in which accept() is not called. The
+   * number of open connections goes with it, because they delay the next answer.
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
@@ -116,13 +120,12 @@ class Server implements GreetingServer {
         }
         return;
       } catch (error) {
-        // An error of accept() ends the `for await` loop, but the listener still
-        // works. So the loop starts again.
+        // An error of accept() ends the `for await` loop. So the loop starts again.
         this.#queueWatch.acceptAnswered(this.#connections.size);
         if (clientHasLeft(error)) continue;
-        // The process may be out of file descriptors or memory. Meanwhile the
-        // client waits in the kernel's queue.
-        callBack(onAcceptError, error as Error);
+        if (!mayHaveLeft(error)) callBack(onAcceptError, error as Error);
+        // The process may be out of file descriptors or memory, or another program
+        // may have ended the listening socket. The next call may fail as well.
         await this.#queueWatch.pauseAccept(sleep(ACCEPT_RETRY));
       }
     }
@@ -135,32 +138,26 @@ class Server implements GreetingServer {
     try {
       signal?.throwIfAborted(); // the abort came while this was being accepted
 
-      // Step 6: read, then write. Nobody looks at what the client says, so the
-      // server reads first only if it is told to let the client speak first.
+      // Step 6: read, if the client speaks first. What it says is thrown away.
       if (answer) {
         connection.waitsForClient = true;
         await conn.read(SINK);
         connection.waitsForClient = false;
       }
+      // Then write. First writes take turns, see WriteGroups.
       const bytes = greeting instanceof Uint8Array
         ? greeting
         : toBytes(await greeting(clientOf(conn)));
-      // First writes take turns, see WriteGroups.
       await this.#firstWrites.turn();
       try {
         connection.written = await conn.write(pieceOf(bytes, 0));
       } finally {
         this.#firstWrites.done();
       }
-      // A write may take only a part, so the rest of a large greeting follows.
-      // The server has to read meanwhile. A client may send all that it has before
-      // it reads. If the server did not read, each would wait for the other.
       let drained: Promise<void> | undefined;
-      while (connection.written < bytes.length) {
-        drained ??= drain(conn);
-        connection.written += await conn.write(
-          pieceOf(bytes, connection.written),
-        );
+      if (connection.written < bytes.length) {
+        drained = drain(conn); // meanwhile, see writeRest
+        await writeRest(connection, bytes);
       }
       // The deadline may have come after the kernel took the greeting and before
       // the server heard of it. Then the client has been reported as failed.
@@ -207,13 +204,16 @@ class Server implements GreetingServer {
 
   /**
    * Clients in the kernel's queue are already connected, so a stop greets them
-   * too. But new clients may keep coming, so this ends after the timeout.
+   * too. But new clients may keep coming. So the listener is closed after the
+   * timeout, which is counted in quarters, for the reason given at `Connections`.
    */
-  async #greetQueue() {
-    const { timeout } = this.#settings;
-    const timer = setTimeout(() => this.#closeListener(), timeout);
+  async #untilQueueIsGreeted() {
+    let quarters = 4;
+    const timer = setInterval(() => {
+      if (--quarters === 0) this.#closeListener();
+    }, this.#settings.timeout / 4);
     await this.#queueWatch.untilEmpty();
-    clearTimeout(timer);
+    clearInterval(timer);
   }
 
   #closeListener() {
@@ -230,7 +230,7 @@ class Server implements GreetingServer {
     this.#stop.resolve();
   };
 
-  /** Closes a connection at its deadline. The error is for clients not greeted. */
+  /** Closes a connection at its deadline. A greeted client is not reported again. */
   readonly #cutOff = (connection: Connection) => {
     const what = connection.waitsForClient
       ? "the client sent nothing"
@@ -249,6 +249,9 @@ class Server implements GreetingServer {
     });
   }
 }
+
+// The eight steps end here. Below are the mechanisms that they call, then the options,
+// then an ordinary command line, which has nothing to do with sockets.
 
 // ============ The open connections, each with its deadline ============
 
@@ -280,10 +283,7 @@ interface Connection {
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
   readonly #open: Connection[] = [];
-  /**
-   * The length of a tick, in milliseconds. A connection is closed up to a tick
-   * after its deadline. So a tick is no more than a quarter of the timeout.
-   */
+  /** The length of a tick, in milliseconds. */
   readonly #tick: number;
   readonly #cutOff: (connection: Connection) => void;
   /** It runs only while there are connections: an idle server uses no CPU. */
@@ -291,6 +291,7 @@ class Connections {
   #onEnd = () => {};
 
   constructor(timeout: number, cutOff: (connection: Connection) => void) {
+    // A connection is cut off up to two ticks late, so ticks are short.
     this.#tick = Math.min(250, Math.ceil(timeout / 4));
     this.#cutOff = cutOff;
   }
@@ -330,7 +331,7 @@ class Connections {
     this.#onEnd();
   }
 
-  /** Cuts the connection off after at least so many milliseconds from now. */
+  /** Gives the connection so many milliseconds from now. */
   setDeadline(connection: Connection, milliseconds: number) {
     // One tick more, because the next tick may come at once.
     connection.timeLeft = milliseconds + this.#tick;
@@ -350,8 +351,8 @@ class Connections {
   }
 
   /**
-   * Resolves when a connection ends. Only one caller can wait at a time: while it
-   * runs the accept loop, and then `allEnded()`.
+   * Resolves when a connection ends. Only one caller can wait at a time. First the
+   * accept loop waits here, and when that has ended, `allEnded()`.
    */
   nextEnd(): Promise<void> {
     return new Promise((resolve) => this.#onEnd = resolve);
@@ -361,22 +362,35 @@ class Connections {
   async allEnded() {
     while (this.size > 0) await this.nextEnd();
     this.#stopTicker();
-    // The pending operations of closed connections reject in the next turn. A
-    // test that ended before that would be told that it leaks them.
+    // The pending operations of closed connections reject in the next turn of the
+    // event loop. If a user's test ended before, Deno's test runner would report
+    // them as operations that the test has left behind.
     await sleep(0);
   }
 }
 
 // ================ Reading, writing and waiting for a client ================
 
+/**
+ * Writes what is left of a greeting, when the kernel has taken a part. The server
+ * has to read meanwhile. Before the client reads, it may send all that it has. If
+ * the server did not read that, each would wait for the other.
+ */
+async function writeRest(connection: Connection, greeting: Uint8Array) {
+  while (connection.written < greeting.length) {
+    const piece = pieceOf(greeting, connection.written);
+    connection.written += await connection.conn.write(piece);
+  }
+}
+
 /** The most bytes that one write is given. */
 const MAX_WRITE = 256 * 1024;
 
 /**
- * The part of a greeting to write next. Windows takes a whole write, however large,
- * if its buffer is not full yet. So it would take all of a large greeting at once,
- * and a client that reads nothing would count as greeted. Of several small writes
- * it takes only those that fill the buffer; the next one waits for the client.
+ * The piece of a greeting to write next. On Windows, a buffer that is not full takes
+ * a write of any size. A large greeting in one write would be taken at once, and a
+ * client that reads nothing would count as greeted. After some pieces the buffer
+ * is full, and the next piece waits until the client reads.
  */
 function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
   return greeting.subarray(start, start + MAX_WRITE);
@@ -386,10 +400,9 @@ function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
 const SINK = new Uint8Array(256 * 1024);
 
 /**
- * Reads and throws away what the client sends, until it closes its side. If a
- * client sends without end, data is always there, and the loop would never let
- * others have a turn but for the `sleep(0)`. Without it four such clients delayed
- * all others by 250 ms.
+ * Reads and throws away what the client sends, until it closes its side. While a
+ * client sends without end, a read never waits. Without the `sleep(0)`, others
+ * would never have a turn.
  */
 async function drain(conn: Deno.TcpConn) {
   try {
@@ -408,9 +421,8 @@ const LINGER = 1000;
 const LARGE_GREETING = 64 * 1024;
 
 /**
- * How long a greeted client has to close its side before the server closes the
- * connection. In a shorter time, clients that still send would be reset. In a
- * longer one, clients that never close could fill all of `maxConnections`.
+ * How long a greeted client has to close its side. A client that never closes holds
+ * its place for that time, so it is short.
  *
  * But the kernel takes up to 4 MB at once, so a client on a slow link may still be
  * reading a large greeting long after it counts as greeted. If it sends something
@@ -429,10 +441,15 @@ const ACCEPT_RETRY = 10;
 function clientHasLeft(error: unknown): boolean {
   return error instanceof Deno.errors.NotConnected ||
     error instanceof Deno.errors.ConnectionAborted ||
-    error instanceof Deno.errors.ConnectionReset || // on Windows
-    // On macOS: accept() asks for the client's address, and getpeername() fails
-    // with EINVAL, for which Deno throws a TypeError.
-    error instanceof TypeError;
+    error instanceof Deno.errors.ConnectionReset; // on Windows
+}
+
+/**
+ * Whether that may be so. On macOS, accept() fails with EINVAL when the client has
+ * left, and also when the listening socket was ended. Deno throws a TypeError for it.
+ */
+function mayHaveLeft(error: unknown): boolean {
+  return Deno.build.os === "darwin" && error instanceof TypeError;
 }
 
 // ==================== First writes: fair to thousands ====================
@@ -444,15 +461,14 @@ function clientHasLeft(error: unknown): boolean {
  * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
  * The other writes are tried again in the next turn, but behind the writes that
  * have begun since. While new clients keep coming, the same writes can be overtaken
- * again and again: some of 4,000 clients that came at once waited for more than a
- * second. In groups they wait about equally long, because no newer write begins
- * before all writes of the group are done.
+ * again and again. In groups all clients wait about equally long, because no newer
+ * write begins before all writes of the group are done.
  *
- * To accept fewer clients at a time would not help: then the kernel's queue
- * overflows and clients are lost.
+ * It would not help to accept fewer clients at a time instead: then the kernel's
+ * queue would be full, and a full queue loses clients.
  *
  * A group is short. A first write goes into an empty buffer, so it does not wait
- * for its client; if the kernel is out of memory, the deadlines end it.
+ * for its client. If the kernel is out of memory, the deadlines end the group.
  */
 class WriteGroups {
   /** Writes of the present group that are not done yet. */
@@ -482,29 +498,30 @@ class WriteGroups {
 // ================== At a stop: is the kernel's queue empty? ==================
 
 /**
- * Finds out when accept() has handed over all clients of the kernel's queue.
+ * Finds out when accept() has handed over all clients of the kernel's queue. No
+ * call tells the length of the queue. But while it holds a client, accept() gives
+ * one, though perhaps late. So if accept() has not answered for long enough, the
+ * queue is empty.
  *
- * No call tells the length of the queue. While accept() gives clients, there may
- * be more; when it gives no more, the queue is empty. But a client can come late:
- * accept() waits behind up to three operations of every open connection (write,
- * half-close, read), and the runtime completes 128 operations in a turn of the
- * event loop. That is a turn for every 43 connections. So the queue counts as empty
- * after 4 turns without a client, plus one for every 25 connections, which leaves
- * a margin. With 3 turns in all, half of all stops lost 128 clients of 4,000.
+ * How long is that? accept() waits in the same line as all other operations. Each
+ * open connection has up to three of them there (write, half-close, read), and 128
+ * leave the line in a turn of the event loop. That makes a turn for every 43
+ * connections. So the wait is a turn for every 25, as a margin, and 16 more, because
+ * other code of the program may have operations in the line, too.
  */
 class QueueWatch {
   /** In how many turns of the event loop accept() may still give a client. */
-  #turnsLeft = 4;
+  #turnsLeft = 16;
   /** Resolves when accept() is called again. */
   #pause: Promise<void> | undefined;
 
   /**
-   * accept() has given a client or an error, while `open` connections were open.
-   * This number counts, even if some of them are closed before the next client:
-   * the operations that delay accept() have already begun.
+   * accept() has given a client or an error. The number of open connections stays
+   * as it was at this answer. If connections are closed before the next answer,
+   * their operations are in the line nevertheless.
    */
   acceptAnswered(open: number) {
-    this.#turnsLeft = 4 + open / 25;
+    this.#turnsLeft = 16 + open / 25;
   }
 
   /** Waits. Meanwhile accept() is not called, so turns do not count. */
@@ -537,8 +554,7 @@ class QueueWatch {
  * The runtime's own timers, kept since this module was loaded. If a test fakes the
  * timers later (FakeTime, sinon), the server still works.
  */
-const { setTimeout, clearTimeout, setInterval, clearInterval, queueMicrotask } =
-  globalThis;
+const { setTimeout, setInterval, clearInterval, queueMicrotask } = globalThis;
 
 function sleep(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
@@ -549,8 +565,8 @@ function sleep(milliseconds: number): Promise<void> {
  * error of the callback is an uncaught error, and does not break off the server's
  * code. And the callback may call `shutdown()` or abort the signal.
  */
-function callBack<T>(callback: ((value: T) => void) | undefined, value: T) {
-  if (callback) queueMicrotask(() => callback(value));
+function callBack<T>(callback: (value: T) => void, value: T) {
+  queueMicrotask(() => callback(value));
 }
 
 /** The client's address. An IPv4 client of an IPv6 socket is shown as IPv4. */
@@ -561,15 +577,24 @@ function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
 
 /** Anything can be thrown, and be the reason of an abort. */
 function toError(reason: unknown): Error {
-  if (reason instanceof Error) return reason;
-  return new Error(`not an Error: ${Deno.inspect(reason)}`, { cause: reason });
+  if (Error.isError(reason)) return reason;
+  return new Error(`not an Error: ${show(reason)}`, { cause: reason });
+}
+
+/** A value for a message. Objects are only named: to print one may throw. */
+function show(value: unknown): string {
+  if (typeof value === "string") return JSON.stringify(value);
+  if (typeof value === "function") return "a function";
+  if (typeof value === "object" && value !== null) return "an object";
+  return String(value);
 }
 
 /** Makes a copy, so that later changes of the original have no effect. */
 function toBytes(greeting: Greeting): Uint8Array {
   if (typeof greeting === "string") return new TextEncoder().encode(greeting);
   if (greeting instanceof Uint8Array) return new Uint8Array(greeting);
-  throw new TypeError("greeting must be a string or a Uint8Array");
+  const rule = "greeting must be a string or a Uint8Array";
+  throw new TypeError(`${rule}, not ${show(greeting)}`);
 }
 
 // ================================= Options =================================
@@ -599,7 +624,8 @@ export interface ServeOptions {
   /**
    * What clients are sent, or a function that returns it or a promise of it. Bytes
    * are copied. If the function throws, rejects or takes longer than `timeout`,
-   * only the connection of that client fails.
+   * only the connection of that client fails. A function that takes longer runs
+   * on: `maxConnections` no longer counts it, and `finished` does not wait for it.
    *
    * @default {"Hello from server\n"}
    */
@@ -615,8 +641,8 @@ export interface ServeOptions {
   answer?: boolean | undefined;
   /**
    * How many connections the kernel queues for accept(). The kernel cuts this
-   * down to its own maximum: on Linux `net.core.somaxconn`, on macOS 128, on
-   * Windows about 200.
+   * down to its own maximum: on Linux `net.core.somaxconn`, on macOS 128. A full
+   * queue loses clients, so a small backlog is for tests only.
    *
    * @default {65535}
    */
@@ -656,7 +682,7 @@ export interface ServeOptions {
   /**
    * Called when accept() fails, for example because the process is out of file
    * descriptors. The server tries again every 10 ms. An error thrown here is an
-   * uncaught error, which by default ends the process.
+   * uncaught error, too.
    */
   onAcceptError?: ((error: Error) => void) | undefined;
 }
@@ -679,8 +705,7 @@ export interface Outcome {
    * Why the client was not greeted, or undefined if it was. It is a
    * `Deno.errors.TimedOut` if the client was cut off at its deadline. Otherwise it
    * is the reason of the abort, what the greeting function threw, or the error of
-   * the read or write. If a reason or what was thrown is no Error, it is the
-   * `cause` of an Error whose message contains it.
+   * the read or write. If that is no Error, it is the `cause` of an Error.
    */
   error?: Error | undefined;
 }
@@ -723,62 +748,65 @@ const DEFAULTS = {
 /** Checked options, with their defaults. */
 type Settings = ReturnType<typeof checkOptions>;
 
-function checkOptions(options: ServeOptions) {
-  const { greeting = DEFAULTS.greeting } = options;
-  function number(name: keyof typeof RANGES): number {
-    // Only undefined stands for the default; null is an error.
-    const { [name]: value = DEFAULTS[name] } = options;
-    return checkNumber(name, value, RANGES[name]);
-  }
-  return {
-    hostname: options.hostname ?? DEFAULTS.hostname,
-    port: number("port"),
-    // A fixed greeting is encoded once, not for every client.
-    greeting: typeof greeting === "function" ? greeting : toBytes(greeting),
-    tcpBacklog: number("tcpBacklog"),
-    timeout: number("timeout"),
-    maxConnections: number("maxConnections"),
-    reusePort: options.reusePort ?? DEFAULTS.reusePort,
-    answer: options.answer ?? DEFAULTS.answer,
-    signal: options.signal,
-    onOutcome: options.onOutcome,
-    onAcceptError: options.onAcceptError,
-  };
-}
-
-/** Which numbers are allowed. */
-interface Range {
-  readonly kind: "number" | "whole number";
-  readonly min: number;
-  readonly max: number;
-}
-
 /** The largest number that listen(2) and setTimeout() take. */
 const MAX_INT32 = 2 ** 31 - 1;
-const COUNT: Range = { kind: "whole number", min: 1, max: MAX_INT32 };
-const RANGES = {
-  port: { kind: "whole number", min: 0, max: 65535 } as Range,
-  tcpBacklog: COUNT,
-  timeout: COUNT,
-  maxConnections: COUNT,
-};
 
 /**
- * Checks a number of an option or a flag. Without this, Deno and the kernel would
- * silently use another number. `given` is what the user wrote.
+ * Checks every option. Otherwise Deno and the kernel would silently use another
+ * value, or fail at the first client. Only undefined stands for the default.
  */
-function checkNumber(
-  name: string,
-  value: unknown,
-  { kind, min, max }: Range,
-  given = value,
-): number {
-  const rule = `${name} must be a ${kind} from ${min} to ${max}`;
-  const message = `${rule}, not ${Deno.inspect(given)}`;
-  if (typeof value !== "number") throw new TypeError(message);
-  const isOfKind = kind === "number" || Number.isInteger(value);
-  if (isOfKind && value >= min && value <= max) return value;
-  throw new RangeError(message);
+function checkOptions(options: ServeOptions) {
+  function check(isRight: boolean, name: string, rule: string, value: unknown) {
+    if (isRight) return;
+    throw new TypeError(`${name} must be ${rule}, not ${show(value)}`);
+  }
+  function checkNumber(name: string, value: number, min: number, max: number) {
+    check(typeof value === "number", name, "a number", value);
+    if (Number.isInteger(value) && value >= min && value <= max) return;
+    const rule = `${name} must be a whole number from ${min} to ${max}`;
+    throw new RangeError(`${rule}, not ${value}`);
+  }
+  const isObject = typeof options === "object" && options !== null;
+  check(isObject, "options", "an object", options);
+  const {
+    hostname = DEFAULTS.hostname,
+    port = DEFAULTS.port,
+    greeting = DEFAULTS.greeting,
+    answer = DEFAULTS.answer,
+    tcpBacklog = DEFAULTS.tcpBacklog,
+    timeout = DEFAULTS.timeout,
+    maxConnections = DEFAULTS.maxConnections,
+    reusePort = DEFAULTS.reusePort,
+    signal,
+    onOutcome = () => {},
+    onAcceptError = () => {},
+  } = options;
+  check(typeof hostname === "string", "hostname", "a string", hostname);
+  checkNumber("port", port, 0, 65535);
+  check(typeof answer === "boolean", "answer", "a boolean", answer);
+  checkNumber("tcpBacklog", tcpBacklog, 1, MAX_INT32);
+  checkNumber("timeout", timeout, 1, MAX_INT32);
+  checkNumber("maxConnections", maxConnections, 1, MAX_INT32);
+  check(typeof reusePort === "boolean", "reusePort", "a boolean", reusePort);
+  const isSignal = signal === undefined || signal instanceof AbortSignal;
+  check(isSignal, "signal", "an AbortSignal", signal);
+  check(typeof onOutcome === "function", "onOutcome", "a function", onOutcome);
+  const isFunction = typeof onAcceptError === "function";
+  check(isFunction, "onAcceptError", "a function", onAcceptError);
+  return {
+    hostname,
+    port,
+    // A fixed greeting is encoded once, not for every client.
+    greeting: typeof greeting === "function" ? greeting : toBytes(greeting),
+    answer,
+    tcpBacklog,
+    timeout,
+    maxConnections,
+    reusePort,
+    signal,
+    onOutcome,
+    onAcceptError,
+  };
 }
 
 // ============================= The command line =============================
@@ -796,8 +824,9 @@ Usage: deno run --allow-net server.ts [options]
   -g, --greeting <text>      what every client is sent; a newline is added if
                              it has none (${DEFAULTS.greeting.trimEnd()});
                              --greeting=- sends standard input, byte for byte
-  -b, --backlog <n>          connections that the kernel queues for accept();
-                             it cuts this down to its maximum (${DEFAULTS.tcpBacklog})
+  -b, --backlog <n>          connections that the kernel queues for accept(),
+                             which cuts this down to its maximum (${DEFAULTS.tcpBacklog});
+                             a full queue loses clients
   -t, --timeout <seconds>    how long a client may take for its greeting;
                              fractions are allowed (${DEFAULTS.timeout / 1000})
   -c, --max-connections <n>  connections held at once; more wait in the
@@ -810,95 +839,116 @@ Usage: deno run --allow-net server.ts [options]
   -V, --version              print the version
 `;
 
+/** The flags that take a value, by their letters. */
+// deno-fmt-ignore
+const VALUE_FLAGS: Record<string, string> = { p: "port", H: "hostname",
+  g: "greeting", b: "backlog", t: "timeout", c: "max-connections" };
+
+/** The flags that take no value. */
+// deno-fmt-ignore
+const SWITCHES = { r: "reuse-port", a: "answer", v: "verbose", h: "help",
+  V: "version" };
+
+/**
+ * Writes -gTEXT and -g=TEXT as --greeting=TEXT, which parseArgs() takes as it is.
+ * It would take the letters of -gTEXT for flags, and cut -g=TEXT at a line break.
+ */
+function spellOut(arg: string): string {
+  const [, letter = "", value] = /^-(\w)(?:=|(?=.))(.*)$/s.exec(arg) ?? [];
+  const flag = VALUE_FLAGS[letter];
+  return flag === undefined ? arg : `--${flag}=${value}`;
+}
+
+/** Finds the values of the flags, and the other arguments, which are mistakes. */
+async function findFlags(args: string[]) {
+  // Loaded here, so that the module works where this package is not installed.
+  const { parseArgs } = await import("@std/cli/parse-args");
+  const unknown: string[] = [];
+  const found: Record<string, unknown> = parseArgs(args.map(spellOut), {
+    alias: { ...VALUE_FLAGS, ...SWITCHES },
+    string: Object.values(VALUE_FLAGS),
+    default: {
+      port: `${DEFAULTS.port}`,
+      hostname: DEFAULTS.hostname,
+      greeting: DEFAULTS.greeting,
+      backlog: `${DEFAULTS.tcpBacklog}`,
+      timeout: `${DEFAULTS.timeout / 1000}`,
+      "max-connections": `${DEFAULTS.maxConnections}`,
+    },
+    // The switches are not declared as `boolean`, because then parseArgs() would
+    // take --verbose=no for true.
+    unknown: (arg: string) => {
+      unknown.push(arg);
+      return false;
+    },
+  });
+  const { _: afterDashes, ...values } = found;
+  return { values, others: [...unknown, ...afterDashes as string[]] };
+}
+
 /**
  * Parses a command line. A greeting of `-` stands for standard input. It is
  * exported for the tests.
  *
  * @throws {Error} There is an unknown flag, a stray word, or a bad or missing
  * value. The message is one line.
+ * @throws {TypeError} The package @std/cli cannot be loaded.
  * @ignore
  */
 export async function parseFlags(args: string[]): Promise<
   typeof DEFAULTS & { verbose: boolean; help: boolean; version: boolean }
 > {
-  // Loaded here, so that the module works where this package is not installed.
-  const { parseArgs } = await import("@std/cli/parse-args");
-  // parseArgs() takes -gno=yes for `-g yes`.
-  const unknown = args.filter((arg) => /^-[^-=][^=]+=/.test(arg));
-  const { _: words, ...values }: Values = parseArgs(args, {
-    // deno-fmt-ignore
-    alias: { p: "port", H: "hostname", g: "greeting", b: "backlog", t: "timeout",
-      c: "max-connections", r: "reuse-port", a: "answer", v: "verbose", h: "help",
-      V: "version" },
-    // The others take no value. They are not declared as `boolean`, because then
-    // parseArgs() would take --verbose=no for true.
-    // deno-fmt-ignore
-    string: ["port", "hostname", "greeting", "backlog", "timeout", "max-connections"],
-    unknown: (arg: string) => {
-      unknown.push(arg);
-      return false;
-    },
-  });
-  unknown.push(...words as string[]); // the words after --
+  const { values, others: [other] } = await findFlags(args);
+  function text(flag: string): string {
+    if (values[flag] !== "") return values[flag] as string;
+    throw new Error(`--${flag} needs a value: --${flag}=...`);
+  }
+  function number(flag: string, min: number, max: number, fractions = false) {
+    const value = text(flag);
+    // Number() alone would also take " 80", 0x50 and 1e3.
+    const form = fractions ? /^\d*\.?\d+$/ : /^\d+$/;
+    const parsed = form.test(value) ? Number(value) : NaN;
+    if (parsed >= min && parsed <= max) return parsed;
+    const kind = fractions ? "number" : "whole number";
+    const rule = `--${flag} must be a ${kind} from ${min} to ${max}`;
+    throw new RangeError(`${rule}, not ${show(value)}`);
+  }
+  function isOn(flag: string): boolean {
+    const value = values[flag] ?? false;
+    if (typeof value === "boolean") return value;
+    throw new Error(`--${flag} takes no value, and was given ${show(value)}`);
+  }
 
-  const greeting = text(values, "greeting", DEFAULTS.greeting);
+  const greeting = text("greeting");
   const needsNewline = greeting !== "-" && !greeting.endsWith("\n");
   const maxSeconds = Math.floor(MAX_INT32 / 1000);
-  const seconds: Range = { kind: "number", min: 0.001, max: maxSeconds };
-  const { port, tcpBacklog, timeout, maxConnections } = DEFAULTS;
   const flags = {
-    hostname: text(values, "hostname", DEFAULTS.hostname),
-    port: number(values, "port", port, RANGES.port),
+    hostname: text("hostname"),
+    port: number("port", 0, 65535),
     greeting: needsNewline ? greeting + "\n" : greeting,
-    tcpBacklog: number(values, "backlog", tcpBacklog, COUNT),
-    timeout: Math.round(
-      1000 * number(values, "timeout", timeout / 1000, seconds),
-    ),
-    maxConnections: number(values, "max-connections", maxConnections, COUNT),
-    reusePort: isOn(values, "reuse-port"),
-    answer: isOn(values, "answer"),
-    verbose: isOn(values, "verbose"),
-    help: isOn(values, "help"),
-    version: isOn(values, "version"),
+    tcpBacklog: number("backlog", 1, MAX_INT32),
+    timeout: Math.round(1000 * number("timeout", 0.001, maxSeconds, true)),
+    maxConnections: number("max-connections", 1, MAX_INT32),
+    reusePort: isOn("reuse-port"),
+    answer: isOn("answer"),
+    verbose: isOn("verbose"),
+    help: isOn("help"),
+    version: isOn("version"),
   };
-  const [arg] = unknown;
-  if (arg === undefined) return flags;
-  const kind = /^-./.test(arg) ? "unknown flag" : "stray word";
-  throw new Error(`${kind} ${JSON.stringify(arg)}`);
-}
-
-/** What parseArgs() finds. */
-type Values = Record<string, unknown>;
-
-function isOn(values: Values, flag: string): boolean {
-  const value = values[flag] ?? false;
-  if (typeof value === "boolean") return value;
-  const given = JSON.stringify(value);
-  throw new Error(`--${flag} takes no value, and was given ${given}`);
-}
-
-function text(values: Values, flag: string, otherwise: string): string {
-  const value = (values[flag] ?? otherwise) as string;
-  if (value === "") throw new Error(`--${flag} needs a value: --${flag}=...`);
-  return value;
-}
-
-function number(values: Values, flag: string, otherwise: number, range: Range) {
-  const value = text(values, flag, `${otherwise}`);
-  // Number() alone would also take " 80", 0x50 and 1e3.
-  const form = range.kind === "number" ? /^\d*\.?\d+$/ : /^\d+$/;
-  const parsed = form.test(value) ? Number(value) : NaN;
-  return checkNumber(`--${flag}`, parsed, range, value);
+  if (other === undefined) return flags;
+  const kind = /^-./.test(other) ? "unknown flag" : "stray word";
+  throw new Error(`${kind} ${show(other)}`);
 }
 
 /** `host:port`, with brackets around an IPv6 address. */
 function hostPort({ hostname, port }: { hostname: string; port: number }) {
-  return `${hostname.includes(":") ? `[${hostname}]` : hostname}:${port}`;
+  const isBareIPv6 = hostname.includes(":") && !hostname.startsWith("[");
+  return `${isBareIPv6 ? `[${hostname}]` : hostname}:${port}`;
 }
 
 /** A client's command that works on this machine. */
 function clientFor({ hostname, port }: Deno.NetAddr): string {
-  // Not `localhost`, for which some clients try ::1 alone.
+  // Not `localhost`, which may mean ::1, where a server on 0.0.0.0 does not listen.
   const any: Record<string, string> = { "0.0.0.0": "127.0.0.1", "::": "::1" };
   return `nc ${any[hostname] ?? hostname} ${port}`;
 }
@@ -921,7 +971,7 @@ class Log {
 
   say(line: string) {
     if (this.#waiting.length + line.length > Log.#LIMIT) return;
-    this.#waiting += line.replace(/\s+/g, " ") + "\n";
+    this.#waiting += printable(line) + "\n";
     this.#writer ??= this.#write();
   }
 
@@ -930,7 +980,7 @@ class Log {
       const lines = this.#waiting;
       this.#waiting = "";
       // An error of standard error cannot be told anywhere.
-      await write(Deno.stderr, lines).catch(() => {});
+      await writeAll(Deno.stderr, lines).catch(() => {});
     }
     this.#writer = undefined;
   }
@@ -941,20 +991,43 @@ class Log {
   }
 }
 
-const log = new Log();
+/**
+ * One line of text. Control and format characters are escaped, because a terminal
+ * would obey them, and a user's text may hold them.
+ */
+function printable(line: string): string {
+  return line.replace(/\s+/g, " ").replace(
+    /[\p{Cc}\p{Cf}]/gu,
+    (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`,
+  );
+}
 
-async function write(stream: typeof Deno.stderr, text: string) {
+async function writeAll(stream: typeof Deno.stderr, text: string) {
   const bytes = new TextEncoder().encode(text);
   for (let written = 0; written < bytes.length;) {
     try {
       written += await stream.write(bytes.subarray(written));
     } catch (error) {
-      // The pipe is full. Elsewhere a write would wait, but another process that
-      // writes to the same pipe has made it non-blocking.
+      // The pipe is full. A write to a blocking pipe would wait. But if another
+      // process has made the pipe non-blocking, it fails instead.
       if (!(error instanceof Deno.errors.WouldBlock)) throw error;
       await sleep(10);
     }
   }
+}
+
+const log = new Log();
+
+/** Prints a last line, and ends the process when it is written. */
+async function exit(exitCode: number, line: string): Promise<never> {
+  log.say(line);
+  await log.flush();
+  Deno.exit(exitCode);
+}
+
+/** Makes a handler for `catch()`. It says what could not be done, and exits. */
+function cannot(task: string) {
+  return ({ message }: Error) => exit(1, `Cannot ${task}: ${message}`);
 }
 
 async function readGreeting(): Promise<Uint8Array> {
@@ -987,13 +1060,28 @@ function stopSignal(): Promise<void> {
   });
 }
 
-/** Greets clients until a signal comes. */
-async function greetUntilSignal(options: ServeOptions, verbose: boolean) {
+async function main() {
+  const { help, version, verbose, ...options } = await parseFlags(Deno.args)
+    .catch((error) =>
+      error instanceof TypeError
+        ? cannot("load @std/cli/parse-args")(error)
+        : exit(2, `${error.message} (see --help)`)
+    );
+  if (help || version) {
+    const output = help ? HELP : `@greeting/server ${VERSION}\n`;
+    return await writeAll(Deno.stdout, output)
+      .catch(cannot("write to standard output"));
+  }
+  const greeting = options.greeting === "-"
+    ? await readGreeting().catch(cannot("read standard input"))
+    : options.greeting;
+
   let greeted = 0;
   let failed = 0;
   let complained = -Infinity;
-  const server = serve({
+  const server = await Promise.try(serve, {
     ...options,
+    greeting,
     onOutcome(outcome) {
       if (outcome.error) failed++;
       else greeted++;
@@ -1005,13 +1093,16 @@ async function greetUntilSignal(options: ServeOptions, verbose: boolean) {
       complained = performance.now();
       log.say(`Cannot accept, trying again: ${error.message}`);
     },
-  });
-  const signal = stopSignal();
-  // Deno's address lacks the zone of a link-local address, as in fe80::1%eth0.
-  const zone = /%.*$/.exec(options.hostname ?? "")?.[0] ?? "";
+  }).catch(cannot(`listen on ${hostPort(options)}`));
+
+  const signal = stopSignal(); // before the line says that it listens
+  // An address such as fe80::1%eth0 names its network interface after the %. Deno
+  // does not show that part, but a client needs it.
+  const zone = /%.*$/.exec(options.hostname)?.[0] ?? "";
   const addr = { ...server.addr, hostname: server.addr.hostname + zone };
   log.say(`Listening on ${hostPort(addr)} (try: ${clientFor(addr)})`);
   await signal;
+
   server.shutdown();
   if (server.connections > 0) {
     log.say(
@@ -1019,61 +1110,7 @@ async function greetUntilSignal(options: ServeOptions, verbose: boolean) {
     );
   }
   await server.finished;
-  log.say(`Stopped: ${greeted} greeted, ${failed} failed`);
+  await exit(0, `Stopped: ${greeted} greeted, ${failed} failed`);
 }
 
-/** Makes a handler for `catch()` that says what could not be done. */
-function cannot(task: string) {
-  return ({ message }: Error): never => {
-    throw new Error(`Cannot ${task}: ${message}`);
-  };
-}
-
-async function run(flags: Awaited<ReturnType<typeof parseFlags>>) {
-  const { help, version, verbose, ...options } = flags;
-  if (help || version) {
-    const output = help ? HELP : `@greeting/server ${VERSION}\n`;
-    return await write(Deno.stdout, output)
-      .catch(cannot("write to standard output"));
-  }
-  const greeting = options.greeting === "-"
-    ? await readGreeting().catch(cannot("read standard input"))
-    : options.greeting;
-  // Nothing but Deno.listen() fails in it.
-  await greetUntilSignal({ ...options, greeting }, verbose)
-    .catch(cannot(`listen on ${hostPort(options)}`));
-}
-
-/** Runs the command line and returns the exit code. */
-async function main(args: string[]): Promise<number> {
-  function fail(exitCode: number, line: string) {
-    log.say(line);
-    return exitCode;
-  }
-  // parseFlags() loads this, too. Here it is tried first, because its failure is
-  // not a mistake in the flags: the exit code is 1, not 2.
-  try {
-    await import("@std/cli/parse-args");
-  } catch (error) {
-    const { message } = error as Error;
-    return fail(1, `Cannot load @std/cli/parse-args: ${message}`);
-  }
-  let flags;
-  try {
-    flags = await parseFlags(args);
-  } catch (error) {
-    return fail(2, `${(error as Error).message} (see --help)`);
-  }
-  try {
-    await run(flags);
-    return 0;
-  } catch (error) {
-    return fail(1, (error as Error).message);
-  }
-}
-
-if (import.meta.main) {
-  const exitCode = await main(Deno.args);
-  await log.flush();
-  Deno.exit(exitCode);
-}
+if (import.meta.main) await main();

@@ -290,6 +290,20 @@ async function connectAndReset(port: number, bytes = 0): Promise<void> {
   });
 }
 
+/** Runs a program in a thread of its own. */
+function startThread(program: string) {
+  const url = `data:application/javascript,${encodeURIComponent(program)}`;
+  const worker = new Worker(url, { type: "module" });
+  const message = () =>
+    new Promise<MessageEvent>((resolve) => worker.onmessage = resolve);
+  return {
+    post: (data: unknown) => worker.postMessage(data),
+    /** Waits for its next message. */
+    message: async <T>() => (await message()).data as T,
+    end: () => worker.terminate(),
+  };
+}
+
 /** The program of `clientsOfBlocked()`. */
 function clientThread() {
   const thread = self as unknown as Worker;
@@ -326,21 +340,17 @@ function clientThread() {
  */
 async function clientsOfBlocked(
   server: Server,
-  { resets = 0, count = 100, afterwards = () => {} } = {},
+  { resets = 0, count = 100, afterwards = (): unknown => undefined } = {},
 ): Promise<string[]> {
-  const program = `import { Socket } from "node:net";
-    ${connectAndReset} (${clientThread})();`;
-  const url = `data:application/javascript,${encodeURIComponent(program)}`;
-  const thread = new Worker(url, { type: "module" });
+  const thread = startThread(`import { Socket } from "node:net";
+    ${connectAndReset} (${clientThread})();`);
   const done = new Int32Array(new SharedArrayBuffer(4));
-  thread.postMessage({ port: server.addr.port, resets, count, done });
+  thread.post({ port: server.addr.port, resets, count, done });
   Atomics.wait(done, 0, 0);
   afterwards();
-  const { data } = await new Promise<MessageEvent<string[]>>((resolve) =>
-    thread.onmessage = resolve
-  );
-  thread.terminate();
-  return data;
+  const seen = await thread.message<string[]>();
+  thread.end();
+  return seen;
 }
 
 test("the plain loop cuts a large greeting if the client reads late, serve() does not", async () => {
@@ -386,7 +396,7 @@ test(
 
 test("the plain loop resets the clients in the queue at a stop, serve() greets them", async () => {
   const [plain, served] = await bothSee((server) =>
-    clientsOfBlocked(server, { afterwards: () => void server.shutdown() })
+    clientsOfBlocked(server, { afterwards: () => server.shutdown() })
   );
   assertEquals(plain, Array(100).fill("ConnectionReset"));
   assertEquals(served, Array(100).fill(GREETING));
@@ -574,36 +584,69 @@ test("serve() copies greetings, so that later changes do not reach a client", as
   assert(twos!.every((byte) => byte === 2));
 });
 
+/** What can be thrown, or be the reason of an abort, and the error reported for it. */
+const THROWN: [thrown: unknown, message: string][] = [
+  [REASON, "enough"],
+  ["a string", 'not an Error: "a string"'],
+  [undefined, "not an Error: undefined"],
+  [Symbol("s"), "not an Error: Symbol(s)"],
+  [{}, "not an Error: an object"],
+  // These two fail when they are printed, or looked at with instanceof.
+  [
+    { [Symbol.for("Deno.customInspect")]: throwReason },
+    "not an Error: an object",
+  ],
+  [revokedProxy(), "not an Error: an object"],
+];
+
+function throwReason(): never {
+  throw REASON;
+}
+
+function revokedProxy(): unknown {
+  const { proxy, revoke } = Proxy.revocable({}, {});
+  revoke();
+  return proxy;
+}
+
+/** An error that was made for what was thrown, or that is it. */
+function assertIsFor(
+  error: Error | undefined,
+  thrown: unknown,
+  message: string,
+) {
+  assertInstanceOf(error, Error);
+  assertEquals(error?.message, message);
+  assert(error === thrown || error?.cause === thrown);
+}
+
 test("serve() fails only the connection whose greeting function fails", async () => {
-  const thrower = (thrown: unknown) => () => {
-    throw thrown;
-  };
-  const cases: [
-    () => Greeting | Promise<Greeting>,
-    Error | string,
-    unknown?,
-  ][] = [
-    [thrower(REASON), REASON],
-    [() => Promise.reject(REASON), REASON],
-    [thrower("a string"), 'not an Error: "a string"', "a string"],
-    [thrower(undefined), "not an Error: undefined", undefined],
-    [() => 5 as unknown as string, "greeting must be a string or a Uint8Array"],
+  const wrong = "greeting must be a string or a Uint8Array, not 5";
+  const cases: [() => Greeting | Promise<Greeting>, unknown, string][] = [
+    [() => Promise.reject(REASON), REASON, "enough"],
+    [() => 5 as unknown as string, undefined, wrong],
+    ...THROWN.map(([thrown, message]) =>
+      [
+        () => {
+          throw thrown;
+        },
+        thrown,
+        message,
+      ] as [() => never, unknown, string]
+    ),
   ];
   const left = cases.map(([greeting]) => greeting);
   const { server, outcomes } = start({
     greeting: () => left.shift()?.() ?? GREETING,
   });
-  for (const _ of cases) {
+  for (const [_, thrown, message] of cases) {
     assertEquals(await receiveText(await connect(server)), "");
+    const { bytes, error } = outcomes.at(-1)!;
+    assertEquals(bytes, 0);
+    assertIsFor(error, thrown, message);
   }
   await assertGreets(server);
   await server.shutdown();
-  for (const [i, [_, expected, cause]] of cases.entries()) {
-    const { bytes, error } = outcomes[i]!;
-    assertEquals(bytes, 0);
-    if (expected instanceof Error) assertEquals(error, expected);
-    else assertEquals([error!.message, error!.cause], [expected, cause]);
-  }
   const { bytes, error } = outcomes.at(-1)!;
   assertEquals([bytes, error], [GREETING.length, undefined]);
 });
@@ -1147,22 +1190,32 @@ function failAccept(...errors: Error[]): Disposable {
 /** What Deno throws when the process is out of file descriptors. */
 const outOfDescriptors = () => new Error("Too many open files (os error 24)");
 
-test("serve() reports that accept() has failed, and tries again after 10 ms", async () => {
-  const failures = Array.from({ length: 10 }, outOfDescriptors);
+test("serve() reports that accept() has failed, and tries again after 10 ms, whatever the error", async () => {
+  // Without a pause, an error that repeats would make the process spin. A TypeError
+  // is what Deno throws when another program has ended the listening socket.
+  const failures = Array.from({ length: 12 }, (_, i) =>
+    [
+      outOfDescriptors(),
+      new TypeError("Invalid argument (os error 22)"),
+      new Deno.errors.PermissionDenied(), // by a firewall
+    ][i % 3]!);
   using _ = failAccept(...failures);
   const errors: Error[] = [];
   const { server } = start({ onAcceptError: (e) => void errors.push(e) });
   const began = performance.now();
   await within(1000, assertGreets(server));
-  assertGreaterOrEqual(performance.now() - began, 10 * 9); // 10 ms after each
+  assertGreaterOrEqual(performance.now() - began, 12 * 9); // 10 ms after each
   await server.shutdown();
-  assertEquals(errors, failures);
+  // On macOS a TypeError may mean that the client has left.
+  const isMac = Deno.build.os === "darwin";
+  const reported = failures.filter((e) => !(isMac && e instanceof TypeError));
+  assertEquals(errors, reported);
 });
 
 test("serve() goes on at once, without a report, if accept() fails because the client has left", async () => {
   // The errors of other systems, where Linux accepts the dead connection.
   const { ConnectionAborted, ConnectionReset, NotConnected } = Deno.errors;
-  const kinds = [ConnectionAborted, ConnectionReset, NotConnected, TypeError];
+  const kinds = [ConnectionAborted, ConnectionReset, NotConnected];
   using _ = failAccept(
     ...Array.from({ length: 200 }, (_, i) => new kinds[i % kinds.length]!()),
   );
@@ -1291,6 +1344,61 @@ test("shutdown() waits for a client that accept() gives as the listener is close
   await shut;
   assertEquals([server.connections, errors()], [0, [undefined]]);
   await assertAllGreeted([conn]);
+});
+
+test("shutdown() greets the queue of a process that is blocked for longer than the timeout", async () => {
+  const { server } = start({ timeout: 400 });
+  const seen = await clientsOfBlocked(server, {
+    async afterwards() {
+      server.shutdown();
+      for (let i = 0; i < 10; i++) await null; // the stop has begun
+      const end = performance.now() + 600;
+      while (performance.now() < end);
+    },
+  });
+  assertEquals(seen, Array(100).fill(GREETING));
+  await server.finished;
+});
+
+/** Talks on so many connections to a port, without end. */
+function busyThread() {
+  const thread = self as unknown as Worker;
+  thread.onmessage = async ({ data: { port, count } }) => {
+    for (let i = 0; i < count; i++) {
+      const conn = await Deno.connect({ hostname: "127.0.0.1", port });
+      echo(conn);
+      await conn.write(new Uint8Array(1000));
+    }
+  };
+}
+
+/** Sends back what it reads. */
+async function echo(conn: Deno.Conn): Promise<void> {
+  const buffer = new Uint8Array(1000);
+  try {
+    while (await conn.read(buffer) !== null) await conn.write(buffer);
+  } catch {
+    // The other side is gone.
+  }
+  conn.close();
+}
+
+test("shutdown() greets the queue beside 200 busy connections of the same program", async () => {
+  const count = 200;
+  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  const thread = startThread(`${echo} (${busyThread})();`);
+  thread.post({ port: listener.addr.port, count });
+  const echoes: Promise<void>[] = [];
+  for (let i = 0; i < count; i++) echoes.push(echo(await listener.accept()));
+  const { server } = start({ timeout: 20_000 });
+  const seen = await clientsOfBlocked(server, {
+    count: 300,
+    afterwards: server.shutdown,
+  });
+  assertEquals(seen, Array(300).fill(GREETING));
+  await server.finished;
+  thread.end();
+  await Promise.all(echoes);
 });
 
 test("shutdown() goes on accepting while clients come, for as long as the timeout", async () => {
@@ -1477,18 +1585,19 @@ test("an aborted signal does not harm a server that has stopped, and has no hold
   await server.finished;
 });
 
-test("an abort reason that is no Error reaches onOutcome in one", async () => {
-  const { server, errors, abort, finishedAtOnce } = startAbortable({
-    greeting: () => NEVER,
-  });
-  using _conn = await connect(server);
-  await until(() => server.connections === 1);
-  abort("the power is going");
-  await finishedAtOnce();
-  const [error] = errors();
-  assertInstanceOf(error, Error);
-  assertEquals(error?.message, 'not an Error: "the power is going"');
-  assertEquals(error?.cause, "the power is going");
+test("an abort reason of any kind reaches onOutcome as an Error", async () => {
+  for (const [reason, message] of THROWN) {
+    if (reason === undefined) continue; // means the default reason
+    const { server, errors, abort, finishedAtOnce } = startAbortable({
+      greeting: () => NEVER,
+    });
+    using _conn = await connect(server);
+    await until(() => server.connections === 1);
+    abort(reason);
+    await finishedAtOnce();
+    assertEquals([server.connections, errors().length], [0, 1]);
+    assertIsFor(errors()[0], reason, message);
+  }
 });
 
 test("serve() throws the reason of a signal that is aborted already", async () => {
@@ -1701,28 +1810,33 @@ test("serve() throws where it cannot listen", async () => {
 
 const MAX = 2 ** 31 - 1;
 const NO_COUNTS = [0, -1, 1.5, MAX + 1, NaN, Infinity];
+const controller = new AbortController();
 /** Values that options take, that throw a RangeError, and that throw a TypeError. */
 const OPTIONS: Record<string, [unknown[], unknown[], unknown[]]> = {
-  port: [[0, 65535], [-1, 65536, 1.5, NaN, Infinity], [null, "9000", true]],
-  tcpBacklog: [[1, MAX], NO_COUNTS, [null, "1"]],
-  timeout: [[1, MAX], NO_COUNTS, [null, "1"]],
-  maxConnections: [[1, MAX], NO_COUNTS, [null, "1"]],
+  hostname: [["localhost"], [], [null, 5, {}, revokedProxy()]],
+  port: [[0, 65535], [-1, 65536, 1.5, NaN, Infinity], [null, "9000", true, 1n]],
+  tcpBacklog: [[1, MAX], NO_COUNTS, [null, "1", [1]]],
+  timeout: [[1, MAX], NO_COUNTS, [null, "1", Symbol("1")]],
+  maxConnections: [[1, MAX], NO_COUNTS, [null, "1", { valueOf: () => 1 }]],
   greeting: [["", new Uint8Array(), () => ""], [], [null, 5, {}, [1, 2]]],
+  answer: [[true, false], [], [null, "no", 0, 1]],
+  reusePort: [[true, false], [], [null, "no", 0, 1]],
+  signal: [[AbortSignal.abort(REASON)], [], [null, controller, {}, "abort"]],
+  onOutcome: [[() => {}], [], [null, 5, {}, "f"]],
+  onAcceptError: [[() => {}], [], [null, 5, {}, "f"]],
 };
 
 test("serve() takes every good option, and undefined for the default", async () => {
   const signal = AbortSignal.abort(REASON); // thrown when all are checked
   for (const [name, [good]] of Object.entries(OPTIONS)) {
-    for (const value of [undefined, ...good]) {
+    for (const value of name === "signal" ? good : [undefined, ...good]) {
       const options = { signal, [name]: value };
-      assertThrows(() => serve(options), Error, "enough", `${name}: ${value}`);
+      assertThrows(() => serve(options), Error, "enough", name);
     }
   }
-  await using server = serve({
-    hostname: undefined,
-    port: 0,
-    signal: undefined,
-  });
+  const names = Object.keys(OPTIONS);
+  const defaults = Object.fromEntries(names.map((name) => [name, undefined]));
+  await using server = serve({ ...defaults, port: 0 });
   assertEquals(server.addr.hostname, "0.0.0.0");
   await assertGreets(server);
 });
@@ -1731,14 +1845,25 @@ test("serve() names a bad option and opens nothing", async () => {
   // A server that got as far as listening would find the port in use.
   await using server = start().server;
   const { hostname, port } = server.addr;
+  function assertNamed(options: unknown, kind: unknown, name: string) {
+    const error = assertThrows(() => serve(options as ServeOptions)) as Error;
+    assertEquals(error.constructor, kind, `${name}: ${error}`);
+    assertMatch(error.message, new RegExp(`^${name} must be an? .*, not .+$`));
+  }
   for (const [name, [_, wrongRange, wrongType]] of Object.entries(OPTIONS)) {
     for (const value of [...wrongRange, ...wrongType]) {
-      const options = { hostname, port, [name]: value };
-      const error = assertThrows(() => serve(options)) as Error;
       const kind = wrongRange.includes(value) ? RangeError : TypeError;
-      assertEquals(error.constructor, kind, `${name}: ${value}: ${error}`);
-      assertStringIncludes(error.message, `${name} must be `);
+      assertNamed({ hostname, port, [name]: value }, kind, name);
     }
+  }
+  for (const options of [null, port, "x", () => {}]) {
+    assertNamed(options, TypeError, "options");
+  }
+  const hostnames = [[null, "null"], [5, "5"], ["", ""], [{}, "an object"]];
+  for (const [value, shown] of hostnames.filter(([value]) => value !== "")) {
+    const message = `hostname must be a string, not ${shown}`;
+    const options = { port, hostname: value as string };
+    assertThrows(() => serve(options), TypeError, message);
   }
 });
 
@@ -1766,10 +1891,26 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
     [{ port: 65535 }, "-p 65535"],
     [{ hostname: "::1" }, "--hostname ::1", "-H ::1", "-H=::1"],
     [{ hostname: "a=b" }, "--hostname=a=b", "-H a=b", "-H=a=b"],
-    [{ greeting: "Hi\n" }, "--greeting Hi", "-g Hi", "-g Hi\n", "-g=Hi"],
+    [
+      { greeting: "Hi\n" },
+      "--greeting Hi",
+      "-g Hi",
+      "-gHi",
+      "-g Hi\n",
+      "-g=Hi",
+    ],
     [{ greeting: "-" }, "--greeting=-", "-g=-", "-g -", "-g-"],
     [{ greeting: "-v\n" }, "--greeting=-v", "-g=-v"],
-    [{ greeting: "a=b\n" }, "-g a=b", "-g=a=b", "--greeting=a=b"],
+    [{ greeting: "a=b\n" }, "-g a=b", "-ga=b", "-g=a=b", "--greeting=a=b"],
+    [{ greeting: "=\n" }, "-g==", "--greeting=="],
+    [{ greeting: "a\nb\n" }, "-g a\nb", "-ga\nb", "-g=a\nb", "--greeting=a\nb"],
+    [{ greeting: "\n" }, "-g \n", "-g\n", "-g=\n", "--greeting=\n"],
+    [
+      { greeting: "\r\u2028\n" },
+      "-g\r\u2028",
+      "-g=\r\u2028",
+      "--greeting=\r\u2028",
+    ],
     [{ greeting: "5\n" }, "--greeting 5", "-g5"],
     [{ tcpBacklog: 1 }, "--backlog 1", "-b1", "-b=1"],
     [{ tcpBacklog: MAX }, `-b ${MAX}`],
@@ -1799,7 +1940,6 @@ const BAD_COMMAND_LINES: [string, ...string[]][] = [
   [`unknown flag "--prot"`, "--prot|80"],
   [`unknown flag "--no-port"`, "--no-port"],
   [`unknown flag "-x"`, "-x"],
-  [`unknown flag "-gno=yes"`, "-gno=yes"],
   [`unknown flag "--port.x=5"`, "--port.x=5"],
   [`unknown flag "--__proto__=5"`, "--__proto__=5"],
   [`stray word "9000"`, "9000", "--|9000"],
@@ -1821,9 +1961,7 @@ for (
   for (const value of [...noNumbers, ...bad.split(" "), " 80", "80 ", "1\n"]) {
     const message = `--${flag} must be a ${rule}, not ${JSON.stringify(value)}`;
     BAD_COMMAND_LINES.push([message, `--${flag}=${value}`]);
-    if (value !== "1\n") {
-      BAD_COMMAND_LINES.push([message, `-${letter}=${value}`]);
-    }
+    BAD_COMMAND_LINES.push([message, `-${letter}=${value}`]);
   }
 }
 for (
@@ -1843,7 +1981,7 @@ for (
     `${long}|`,
     `${long}|-1`,
     short,
-    `${short}v`,
+    `${short}=`,
   ];
   BAD_COMMAND_LINES.push([`${long} needs a value`, ...lines]);
 }
@@ -2085,6 +2223,9 @@ the address of another machine | 1 | --allow-net server.ts -H 203.0.113.1 -p TAK
 a name without an address | 1 | --allow-net server.ts -H no.invalid -p TAKEN | on no.invalid:TAKEN: failed to lookup
 two lines for a host | 1 | --allow-net server.ts -H "$(printf 'a\nb')" -p TAKEN | on a b:TAKEN: invalid
 no permission | 1 | server.ts | run again with the --allow-net flag
+no permission for a host in brackets | 1 | server.ts -H '[::1]' | on [::1]:9000: Requires net access
+control characters in a host | 1 | --allow-net server.ts -H "$(printf '\033]0;x\007\302\233\342\200\256')" -p TAKEN | on \u{1b}]0;x\u{7}\u{9b}\u{202e}:TAKEN: invalid
+control characters in a word | 2 | server.ts "$(printf '\033]0;x\007\302\233\342\200\256')" | stray word "\u001b]0;x\u0007\u{9b}\u{202e}"
 a permission for another address | 1 | --allow-net=0.0.0.0 server.ts -H ::1 -p TAKEN | on [::1]:TAKEN: Requires net access
 empty standard input | 1 | server.ts --greeting=- </dev/null | read standard input: it is empty
 a folder as standard input | 1 | server.ts --greeting=- </ | read standard input: Is a directory
@@ -2112,6 +2253,7 @@ for (const row of MISTAKES.trim().split("\n")) {
       run.err,
       code === "2" ? /^.+ \(see --help\)\n$/ : /^Cannot .+\n$/,
     );
+    assertMatch(run.err, /^[^\p{Cc}\p{Cf}]+\n$/u);
     assertStringIncludes(run.err, line.replace("TAKEN", taken));
   });
 }
@@ -2197,6 +2339,16 @@ console.log(await new Response(conn.readable).text());`;
     JSON.stringify({ compilerOptions }),
   );
   assertEquals([code, out], [0, `${GREETING}\n`.repeat(2)], err);
+});
+
+it("runs, and is tested, beside a package.json", async () => {
+  const { code, out, err } = await inNewFolder(
+    `folder=$(dirname "$2") && cp "$folder"/deno.* "$folder"/*.ts "$folder"/README.md . &&
+    echo '{ "name": "x" }' >package.json &&
+    "$1" run --allow-net server.ts --version &&
+    "$1" test --no-check --allow-net --filter='closes the connection'`,
+  );
+  assertEquals(code, 0, out + err);
 });
 
 it("has programs in the README that type-check", async () => {
