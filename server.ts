@@ -47,7 +47,7 @@
  * @throws {TypeError} An option has the wrong type.
  * @throws {RangeError} A number is out of its range.
  * @throws {Deno.errors.AddrInUse} Another program listens on this address.
- * @throws {Deno.errors.NotCapable} The address needs `--allow-net`.
+ * @throws {Deno.errors.NotCapable} `--allow-net` does not allow this address.
  * @throws Any other error of `Deno.listen()`, such as
  * `Deno.errors.AddrNotAvailable` or `Deno.errors.PermissionDenied`.
  * @throws The reason of `signal`, if it is aborted already.
@@ -103,9 +103,9 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Step 5: accept clients until the listener is closed. `#queueWatch` is told of
-   * each answer of accept(), and of each pause in which accept() is not called. The
-   * number of open connections goes with it, because they delay the next answer.
+   * Step 5: accept clients until the listener is closed. Each round of the
+   * `for await` loop calls accept(). `#queueWatch` is told of each answer of
+   * accept(), and of each pause in which it is not called.
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
@@ -123,9 +123,9 @@ class Server implements GreetingServer {
         // An error of accept() ends the `for await` loop. So the loop starts again.
         this.#queueWatch.acceptAnswered(this.#connections.size);
         if (clientHasLeft(error)) continue;
-        if (!mayHaveLeft(error)) callBack(onAcceptError, error as Error);
-        // The process may be out of file descriptors or memory, or another program
-        // may have ended the listening socket. The next call may fail as well.
+        if (!clientMayHaveLeft(error)) callBack(onAcceptError, error as Error);
+        // The next call may fail as well, for example because the process is out
+        // of file descriptors. Without a pause, the loop would only use up CPU.
         await this.#queueWatch.pauseAccept(sleep(ACCEPT_RETRY));
       }
     }
@@ -136,7 +136,7 @@ class Server implements GreetingServer {
     const { answer, greeting, timeout, signal } = this.#settings;
     const connection = this.#connections.add(conn, timeout);
     try {
-      signal?.throwIfAborted(); // the abort came while this was being accepted
+      signal?.throwIfAborted(); // aborted while accept() gave this client
 
       // Step 6: read, if the client speaks first. What it says is thrown away.
       if (answer) {
@@ -156,11 +156,11 @@ class Server implements GreetingServer {
       }
       let drained: Promise<void> | undefined;
       if (connection.written < bytes.length) {
-        drained = drain(conn); // meanwhile, see writeRest
+        drained = drain(conn); // reads while the next line writes
         await writeRest(connection, bytes);
       }
       // The deadline may have come after the kernel took the greeting and before
-      // the server heard of it. Then the client has been reported as failed.
+      // the write resolved. Then the client has been reported as failed.
       if (connection.state === "closed") return;
       connection.state = "greeted";
       this.#connections.setDeadline(connection, lingerTime(bytes, timeout));
@@ -179,21 +179,21 @@ class Server implements GreetingServer {
   }
 
   /**
-   * Step 7: close. Operations of the connection that are still pending reject
-   * then. `#serve` catches that and calls this again, which does nothing.
+   * Step 7: close. A read or write of the connection that is still pending then
+   * rejects. `#serve` catches that and calls this again, which does nothing.
    */
   #close(connection: Connection, reason?: unknown) {
-    const { conn, state } = connection;
-    if (state === "closed") return;
+    const { conn, state: stateBefore } = connection;
+    if (stateBefore === "closed") return;
     connection.state = "closed";
     conn.close();
     this.#connections.remove(connection);
-    if (state === "greeting") this.#report(connection, toError(reason));
+    if (stateBefore === "greeting") this.#report(connection, toError(reason));
   }
 
   /**
-   * Step 8: shut down. An arrow function keeps its `this`, so a user can write
-   * `const { shutdown } = serve()`.
+   * Step 8: shut down. `#run` does the rest. An arrow function keeps its `this`, so
+   * a user can write `const { shutdown } = serve()`.
    */
   readonly shutdown = (): Promise<void> => {
     this.#stop.resolve();
@@ -204,8 +204,9 @@ class Server implements GreetingServer {
 
   /**
    * Clients in the kernel's queue are already connected, so a stop greets them
-   * too. But new clients may keep coming. So the listener is closed after the
-   * timeout, which is counted in quarters, for the reason given at `Connections`.
+   * too. But new clients may keep coming, so the listener is closed at the latest
+   * after the timeout. Four intervals are counted, because a single timer would
+   * end while the process is suspended and accepts no client.
    */
   async #untilQueueIsGreeted() {
     let quarters = 4;
@@ -276,9 +277,9 @@ interface Connection {
 }
 
 /**
- * The open connections. One timer, the ticker, counts down the time that each of
- * them has left. It does not look at the clock, which goes on while the process is
- * suspended: clients would be cut off for time in which the server did nothing.
+ * The open connections. One timer for all, the ticker, counts down the time that
+ * each of them has left. The clock goes on while the process is suspended, but the
+ * ticker does not. So no client is cut off for time in which the server did nothing.
  */
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
@@ -291,7 +292,7 @@ class Connections {
   #onEnd = () => {};
 
   constructor(timeout: number, cutOff: (connection: Connection) => void) {
-    // A connection is cut off up to two ticks late, so ticks are short.
+    // Deadlines are up to two ticks late, see setDeadline(). So ticks are short.
     this.#tick = Math.min(250, Math.ceil(timeout / 4));
     this.#cutOff = cutOff;
   }
@@ -312,7 +313,7 @@ class Connections {
       waitsForClient: false,
       acceptedAt: performance.now(),
       written: 0,
-      timeLeft: NaN,
+      timeLeft: NaN, // set below
       index: this.#open.length,
     };
     this.setDeadline(connection, timeout);
@@ -333,7 +334,8 @@ class Connections {
 
   /** Gives the connection so many milliseconds from now. */
   setDeadline(connection: Connection, milliseconds: number) {
-    // One tick more, because the next tick may come at once.
+    // One tick more, because the next tick may come at once. The deadline comes
+    // at the first tick after that.
     connection.timeLeft = milliseconds + this.#tick;
   }
 
@@ -352,7 +354,7 @@ class Connections {
 
   /**
    * Resolves when a connection ends. Only one caller can wait at a time. First the
-   * accept loop waits here, and when that has ended, `allEnded()`.
+   * accept loop waits here, and when the loop has ended, `allEnded()`.
    */
   nextEnd(): Promise<void> {
     return new Promise((resolve) => this.#onEnd = resolve);
@@ -362,9 +364,9 @@ class Connections {
   async allEnded() {
     while (this.size > 0) await this.nextEnd();
     this.#stopTicker();
-    // The pending operations of closed connections reject in the next turn of the
-    // event loop. If a user's test ended before, Deno's test runner would report
-    // them as operations that the test has left behind.
+    // The pending reads and writes of closed connections reject in the next turn of
+    // the event loop. If a user's test ended before that turn, Deno's test runner
+    // would report them as operations that the test has left behind.
     await sleep(0);
   }
 }
@@ -373,8 +375,8 @@ class Connections {
 
 /**
  * Writes what is left of a greeting, when the kernel has taken a part. The server
- * has to read meanwhile. Before the client reads, it may send all that it has. If
- * the server did not read that, each would wait for the other.
+ * has to read meanwhile. A client may send all that it has before it reads. Without
+ * a reader, all buffers would be full, and both sides would wait for ever.
  */
 async function writeRest(connection: Connection, greeting: Uint8Array) {
   while (connection.written < greeting.length) {
@@ -387,22 +389,21 @@ async function writeRest(connection: Connection, greeting: Uint8Array) {
 const MAX_WRITE = 256 * 1024;
 
 /**
- * The piece of a greeting to write next. On Windows, a buffer that is not full takes
- * a write of any size. A large greeting in one write would be taken at once, and a
- * client that reads nothing would count as greeted. After some pieces the buffer
- * is full, and the next piece waits until the client reads.
+ * The piece of a greeting to write next. On Windows, the kernel takes a write of any
+ * size if its buffer is not full. A large greeting in one write would be taken at
+ * once, and a client that reads nothing would count as greeted.
  */
 function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
   return greeting.subarray(start, start + MAX_WRITE);
 }
 
-/** Receives everything that clients send. Nobody looks at it, so one is enough. */
+/** Receives what all clients send. Nobody reads it, so one buffer serves all. */
 const SINK = new Uint8Array(256 * 1024);
 
 /**
- * Reads and throws away what the client sends, until it closes its side. While a
- * client sends without end, a read never waits. Without the `sleep(0)`, others
- * would never have a turn.
+ * Reads and throws away what the client sends, until it closes its side. If a
+ * client sends without end, each read ends at once. Without the `sleep(0)`, other
+ * clients would never have a turn.
  */
 async function drain(conn: Deno.TcpConn) {
   try {
@@ -412,7 +413,7 @@ async function drain(conn: Deno.TcpConn) {
   }
 }
 
-/** How long a greeted client may take to close its side, in milliseconds. */
+/** The time for a small greeting, in milliseconds. */
 const LINGER = 1000;
 /**
  * Above this many bytes, the client may need longer to read the greeting. A link
@@ -421,13 +422,12 @@ const LINGER = 1000;
 const LARGE_GREETING = 64 * 1024;
 
 /**
- * How long a greeted client has to close its side. A client that never closes holds
- * its place for that time, so it is short.
+ * How long a greeted client has to close its side. LINGER is short, because a client
+ * that never closes holds its place for that time.
  *
- * But the kernel takes up to 4 MB at once, so a client on a slow link may still be
+ * But the kernel's buffer holds up to 4 MB, so a client on a slow link may still be
  * reading a large greeting long after it counts as greeted. If it sends something
- * after the server has closed, a reset destroys the rest. So the client of a large
- * greeting has the whole timeout.
+ * after the server has closed, a reset destroys the rest. So it has more time.
  */
 function lingerTime(greeting: Uint8Array, timeout: number): number {
   if (greeting.length > LARGE_GREETING) return timeout;
@@ -445,10 +445,10 @@ function clientHasLeft(error: unknown): boolean {
 }
 
 /**
- * Whether that may be so. On macOS, accept() fails with EINVAL when the client has
- * left, and also when the listening socket was ended. Deno throws a TypeError for it.
+ * Whether accept() may have failed because the client has left. On macOS it fails
+ * with EINVAL then, but also if the listening socket is broken. EINVAL is a TypeError.
  */
-function mayHaveLeft(error: unknown): boolean {
+function clientMayHaveLeft(error: unknown): boolean {
   return Deno.build.os === "darwin" && error instanceof TypeError;
 }
 
@@ -459,16 +459,14 @@ function mayHaveLeft(error: unknown): boolean {
  * that become ready wait for the next group, which starts as a whole.
  *
  * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
- * The other writes are tried again in the next turn, but behind the writes that
- * have begun since. While new clients keep coming, the same writes can be overtaken
- * again and again. In groups all clients wait about equally long, because no newer
- * write begins before all writes of the group are done.
+ * The other writes are tried again in the next turn, but behind newer writes. While
+ * new clients keep coming, the same writes can be overtaken again and again. In
+ * groups all clients wait about equally long, because no newer write begins before
+ * all writes of the group are done.
  *
- * It would not help to accept fewer clients at a time instead: then the kernel's
- * queue would be full, and a full queue loses clients.
- *
- * A group is short. A first write goes into an empty buffer, so it does not wait
- * for its client. If the kernel is out of memory, the deadlines end the group.
+ * A group ends soon. A first write goes into an empty buffer, so it does not wait
+ * for its client. If the kernel is out of memory, the writes reject when their
+ * connections are closed at their deadlines.
  */
 class WriteGroups {
   /** Writes of the present group that are not done yet. */
@@ -503,11 +501,10 @@ class WriteGroups {
  * one, though perhaps late. So if accept() has not answered for long enough, the
  * queue is empty.
  *
- * How long is that? accept() waits in the same line as all other operations. Each
- * open connection has up to three of them there (write, half-close, read), and 128
- * leave the line in a turn of the event loop. That makes a turn for every 43
- * connections. So the wait is a turn for every 25, as a margin, and 16 more, because
- * other code of the program may have operations in the line, too.
+ * How long? In the runtime, accept() waits in one line with all other operations.
+ * Each open connection has up to three there (write, half-close, read), and 128
+ * leave the line in a turn of the event loop. That is a turn for every 43 connections.
+ * So the wait is a turn for every 25, and 16 more for operations of other code.
  */
 class QueueWatch {
   /** In how many turns of the event loop accept() may still give a client. */
@@ -516,15 +513,15 @@ class QueueWatch {
   #pause: Promise<void> | undefined;
 
   /**
-   * accept() has given a client or an error. The number of open connections stays
-   * as it was at this answer. If connections are closed before the next answer,
-   * their operations are in the line nevertheless.
+   * accept() has given a client or an error. The number of connections that are
+   * open now counts until the next answer, even if some are closed before: their
+   * operations are in the line already.
    */
   acceptAnswered(open: number) {
     this.#turnsLeft = 16 + open / 25;
   }
 
-  /** Waits. Meanwhile accept() is not called, so turns do not count. */
+  /** Remembers a pause, in which accept() is not called and turns do not count. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
@@ -540,8 +537,8 @@ class QueueWatch {
   }
 
   /**
-   * The listener is closed, so accept() gives no more clients. A pause need not be
-   * broken off: it ends after 10 ms, or when the next connection ends.
+   * The listener is closed, so accept() gives no more clients. A pause goes on. It
+   * ends after 10 ms, or when the next connection ends.
    */
   giveUp() {
     this.#turnsLeft = 0;
@@ -562,20 +559,20 @@ function sleep(milliseconds: number): Promise<void> {
 
 /**
  * Calls a callback of the user soon, when the server's own code has returned. So an
- * error of the callback is an uncaught error, and does not break off the server's
- * code. And the callback may call `shutdown()` or abort the signal.
+ * error of the callback is an uncaught error and does not break off that code, and a
+ * callback that aborts the signal does not change what that code is looking at.
  */
 function callBack<T>(callback: (value: T) => void, value: T) {
   queueMicrotask(() => callback(value));
 }
 
-/** The client's address. An IPv4 client of an IPv6 socket is shown as IPv4. */
+/** The client's address. An IPv4 address in IPv6 form (::ffff:) is shown as IPv4. */
 function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
   if (!remoteAddr.hostname.startsWith("::ffff:")) return remoteAddr;
   return { ...remoteAddr, hostname: remoteAddr.hostname.slice(7) };
 }
 
-/** Anything can be thrown, and be the reason of an abort. */
+/** Makes an Error of anything that was thrown, or is the reason of an abort. */
 function toError(reason: unknown): Error {
   if (Error.isError(reason)) return reason;
   return new Error(`not an Error: ${show(reason)}`, { cause: reason });
@@ -589,7 +586,7 @@ function show(value: unknown): string {
   return String(value);
 }
 
-/** Makes a copy, so that later changes of the original have no effect. */
+/** Encodes text and copies bytes, so that later changes of the bytes do not count. */
 function toBytes(greeting: Greeting): Uint8Array {
   if (typeof greeting === "string") return new TextEncoder().encode(greeting);
   if (greeting instanceof Uint8Array) return new Uint8Array(greeting);
@@ -624,8 +621,8 @@ export interface ServeOptions {
   /**
    * What clients are sent, or a function that returns it or a promise of it. Bytes
    * are copied. If the function throws, rejects or takes longer than `timeout`,
-   * only the connection of that client fails. A function that takes longer runs
-   * on: `maxConnections` no longer counts it, and `finished` does not wait for it.
+   * only the connection of that client fails. A function that takes longer goes on
+   * running: it is not counted by `maxConnections`, nor awaited by `finished`.
    *
    * @default {"Hello from server\n"}
    */
@@ -651,9 +648,8 @@ export interface ServeOptions {
    * How long a client may take for its greeting, in milliseconds. A client that
    * takes longer is cut off. The command line takes this in seconds.
    *
-   * Afterwards a greeted client has a second, or `timeout` if that is less, to
-   * close its side. After a greeting of more than 64 KiB it has the whole
-   * `timeout`, as it may still be reading.
+   * After its greeting, a client has a second, or `timeout` if that is less, to
+   * close its side. After more than 64 KiB it has the whole `timeout`.
    *
    * @default {5000}
    */
@@ -723,8 +719,8 @@ export interface GreetingServer extends AsyncDisposable {
    * the kernel's queue, then it stops listening and lets open connections end.
    *
    * It accepts for `timeout` at the most. If more clients are in the queue than it
-   * can accept in that time, because few places or file descriptors are free or
-   * because new clients keep coming, the rest of the queue is reset.
+   * can accept in that time, because `maxConnections` is reached or because new
+   * clients keep coming, the rest of the queue is reset.
    */
   shutdown(): Promise<void>;
 }
@@ -811,7 +807,7 @@ function checkOptions(options: ServeOptions) {
 
 // ============================= The command line =============================
 
-/** As in `deno.json`, which a copy of this file alone does not have. */
+/** Repeats `deno.json`, because a copy of this file alone does not have that. */
 const VERSION = "1.0.0";
 
 const HELP = `Writes a greeting to every TCP client and closes the connection.
@@ -850,8 +846,8 @@ const SWITCHES = { r: "reuse-port", a: "answer", v: "verbose", h: "help",
   V: "version" };
 
 /**
- * Writes -gTEXT and -g=TEXT as --greeting=TEXT, which parseArgs() takes as it is.
- * It would take the letters of -gTEXT for flags, and cut -g=TEXT at a line break.
+ * Writes -gTEXT and -g=TEXT as --greeting=TEXT. Otherwise parseArgs() would take
+ * the letters of -gTEXT for flags, and cut -g=TEXT at a line break.
  */
 function spellOut(arg: string): string {
   const [, letter = "", value] = /^-(\w)(?:=|(?=.))(.*)$/s.exec(arg) ?? [];
@@ -882,13 +878,13 @@ async function findFlags(args: string[]) {
       return false;
     },
   });
-  const { _: afterDashes, ...values } = found;
-  return { values, others: [...unknown, ...afterDashes as string[]] };
+  const { _: wordsAfterDashes, ...values } = found; // the words after `--`
+  return { values, others: [...unknown, ...wordsAfterDashes as string[]] };
 }
 
 /**
- * Parses a command line. A greeting of `-` stands for standard input. It is
- * exported for the tests.
+ * Parses a command line. A greeting of `-` stands for standard input. This function
+ * is exported for the tests.
  *
  * @throws {Error} There is an unknown flag, a stray word, or a bad or missing
  * value. The message is one line.
@@ -960,8 +956,8 @@ function lineFor({ remoteAddr, bytes, milliseconds, error }: Outcome): string {
 }
 
 /**
- * Prints lines to standard error, without waiting for it: a reader that stalls
- * delays neither a greeting nor a stop.
+ * Prints lines to standard error, without waiting for it: a reader that stalls does
+ * not delay a greeting, and delays the end by half a second at the most.
  */
 class Log {
   /** The most that is kept for a slow reader. Later lines are dropped. */
@@ -979,13 +975,13 @@ class Log {
     while (this.#waiting !== "") {
       const lines = this.#waiting;
       this.#waiting = "";
-      // An error of standard error cannot be told anywhere.
+      // If standard error fails, there is no place to say so.
       await writeAll(Deno.stderr, lines).catch(() => {});
     }
     this.#writer = undefined;
   }
 
-  /** Waits until all is written, but half a second at the most. */
+  /** Waits until all is written, or for half a second. */
   async flush() {
     await Promise.race([this.#writer, sleep(500)]);
   }
@@ -1009,7 +1005,7 @@ async function writeAll(stream: typeof Deno.stderr, text: string) {
       written += await stream.write(bytes.subarray(written));
     } catch (error) {
       // The pipe is full. A write to a blocking pipe would wait. But if another
-      // process has made the pipe non-blocking, it fails instead.
+      // process has made the pipe non-blocking, the write fails instead.
       if (!(error instanceof Deno.errors.WouldBlock)) throw error;
       await sleep(10);
     }
@@ -1079,6 +1075,7 @@ async function main() {
   let greeted = 0;
   let failed = 0;
   let complained = -Infinity;
+  // Promise.try() hands what serve() throws to catch().
   const server = await Promise.try(serve, {
     ...options,
     greeting,
@@ -1095,13 +1092,13 @@ async function main() {
     },
   }).catch(cannot(`listen on ${hostPort(options)}`));
 
-  const signal = stopSignal(); // before the line says that it listens
+  const stopped = stopSignal(); // from now on, before the next line is printed
   // An address such as fe80::1%eth0 names its network interface after the %. Deno
   // does not show that part, but a client needs it.
   const zone = /%.*$/.exec(options.hostname)?.[0] ?? "";
   const addr = { ...server.addr, hostname: server.addr.hostname + zone };
   log.say(`Listening on ${hostPort(addr)} (try: ${clientFor(addr)})`);
-  await signal;
+  await stopped;
 
   server.shutdown();
   if (server.connections > 0) {

@@ -2353,7 +2353,7 @@ it("runs, and is tested, beside a package.json", async () => {
 
 it("has programs in the README that type-check", async () => {
   const programs = [...readme.matchAll(/^```ts ignore\n([^]*?)^```/gm)];
-  assertEquals(programs.length, 3);
+  assertGreater(programs.length, 0);
   for (const [, program] of programs) {
     const { code, err } = await inNewFolder(
       `printf '%s\nexport {};' "$3" >program.ts && "$1" check program.ts`,
