@@ -566,10 +566,10 @@ function callBack<T>(callback: (value: T) => void, value: T) {
   queueMicrotask(() => callback(value));
 }
 
-/** The client's address. An IPv4 address in IPv6 form (::ffff:) is shown as IPv4. */
+/** The client's address. An IPv4 address in IPv6 form is shown as IPv4. */
 function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
-  if (!remoteAddr.hostname.startsWith("::ffff:")) return remoteAddr;
-  return { ...remoteAddr, hostname: remoteAddr.hostname.slice(7) };
+  const [, hostname] = /^::ffff:([\d.]+)$/.exec(remoteAddr.hostname) ?? [];
+  return hostname === undefined ? remoteAddr : { ...remoteAddr, hostname };
 }
 
 /** Makes an Error of anything that was thrown, or is the reason of an abort. */
