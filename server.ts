@@ -820,8 +820,8 @@ Usage: deno run --allow-net server.ts [options]
   -g, --greeting <text>      what every client is sent; a newline is added if
                              it has none (${DEFAULTS.greeting.trimEnd()});
                              --greeting=- sends standard input, byte for byte
-  -b, --backlog <n>          connections that the kernel queues for accept(),
-                             which cuts this down to its maximum (${DEFAULTS.tcpBacklog});
+  -b, --backlog <n>          connections that the kernel queues for accept()
+                             (${DEFAULTS.tcpBacklog}, which the kernel cuts down to its maximum);
                              a full queue loses clients
   -t, --timeout <seconds>    how long a client may take for its greeting;
                              fractions are allowed (${DEFAULTS.timeout / 1000})
@@ -902,7 +902,7 @@ export async function parseFlags(args: string[]): Promise<
   function number(flag: string, min: number, max: number, fractions = false) {
     const value = text(flag);
     // Number() alone would also take " 80", 0x50 and 1e3.
-    const form = fractions ? /^\d*\.?\d+$/ : /^\d+$/;
+    const form = fractions ? /^(\d+|\d*\.\d+)$/ : /^\d+$/;
     const parsed = form.test(value) ? Number(value) : NaN;
     if (parsed >= min && parsed <= max) return parsed;
     const kind = fractions ? "number" : "whole number";
@@ -1095,7 +1095,7 @@ async function main() {
   const stopped = stopSignal(); // from now on, before the next line is printed
   // An address such as fe80::1%eth0 names its network interface after the %. Deno
   // does not show that part, but a client needs it.
-  const zone = /%.*$/.exec(options.hostname)?.[0] ?? "";
+  const zone = /%[^\]]*/.exec(options.hostname)?.[0] ?? "";
   const addr = { ...server.addr, hostname: server.addr.hostname + zone };
   log.say(`Listening on ${hostPort(addr)} (try: ${clientFor(addr)})`);
   await stopped;

@@ -1302,33 +1302,6 @@ for (
   });
 }
 
-// A stop ends when accept() has not answered for some turns of the event loop. While
-// many connections are busy, accept() answers many turns late.
-for (const meanwhile of ["stay", "leave"]) {
-  test(`shutdown() greets a client that accept() gives late, behind 500 others that ${meanwhile}`, async () => {
-    const open = 500;
-    const late = Promise.withResolvers<void>();
-    let calls = 0;
-    using _ = replaceAccept(async (accept) => {
-      if (calls++ === open) await late.promise;
-      return await accept();
-    });
-    const { server, outcomes } = start({ timeout: 20_000 });
-    const conns = await inTurn(open, () => connectAndStay(server));
-    await until(() => calls > open);
-    const last = await connect(server);
-    const shut = server.shutdown();
-    if (meanwhile === "leave") conns.forEach((conn) => conn.close());
-    // 16 + 500/25 = 36 turns are allowed, and the answer itself takes a few.
-    for (let turn = 0; turn < 22; turn++) await sleep(0);
-    assertEquals(outcomes.length, open);
-    late.resolve();
-    await assertAllGreeted([last]);
-    if (meanwhile === "stay") conns.forEach((conn) => conn.close());
-    await shut;
-  });
-}
-
 test("shutdown() waits for a client that accept() gives as the listener is closed", async () => {
   const close = Promise.withResolvers<void>();
   using _ = replaceAccept(async (accept) => {
@@ -2006,35 +1979,17 @@ test("parseFlags() names what is wrong, in one line", async () => {
 });
 
 test("parseFlags() gives valid options or one line for any arguments", async () => {
-  const names =
-    "--port -p --hostname -H --greeting= -g --backlog -b= --timeout -t " +
-    "--max-connections -c --reuse-port -r --answer -a --verbose -v --help -h -V " +
-    "--no-port --_ --__proto__ --constructor --port.a";
-  const values = [
-    "",
-    "-",
-    "--",
-    "=",
-    " ",
-    "0",
-    "80",
-    "1.5",
-    "true",
-    "null",
-    "\n",
-    "\0",
-    "☎",
-    "::1",
-    "a=b",
-  ];
-  const pieces = [...names.split(" "), ...values];
-  const pick = () => pieces[Math.floor(Math.random() * pieces.length)]!;
+  const pieces =
+    "--port -p --hostname= -H --greeting -g= --timeout -t0 --answer -a -vh " +
+    "--no-port --_ --__proto__ --constructor --port.a -- - = 0 80 1.5 true null ☎ ::1";
+  const all = [...pieces.split(" "), "", " ", "\n", "\0"];
+  const pick = () => all[Math.floor(Math.random() * all.length)]!;
   const signal = AbortSignal.abort(REASON); // thrown when the options are checked
   let parsed = 0;
   for (let i = 0; i < 10_000; i++) {
     const args = Array.from(
       { length: i % 5 },
-      () => Math.random() < 0.7 ? pick() : pick() + pick(),
+      () => pick() + (i % 3 ? "" : pick()),
     );
     const flags = await parseFlags(args).catch((error: Error) => {
       assertMatch(error.message, /^[^\n]+$/);
@@ -2042,7 +1997,6 @@ test("parseFlags() gives valid options or one line for any arguments", async () 
     if (!flags) continue;
     parsed++;
     assertThrows(() => serve({ ...flags, signal }), Error, "enough");
-    assert(flags.hostname !== "" && flags.greeting !== "");
   }
   assertGreater(parsed, 2000);
 });
