@@ -1463,55 +1463,38 @@ for (
   });
 }
 
-type Abort = () => void;
-for (
-  const [where, options, replace, expected] of [
-    [
-      "in the greeting function",
-      (abort: Abort) => ({
-        greeting() {
-          abort();
-          return NEVER;
-        },
-      }),
-      undefined,
-      [REASON],
-    ],
-    [
-      "in onAcceptError",
-      (abort: Abort) => ({
-        onAcceptError: () => abort(),
-      }),
-      () => failAccept(outOfDescriptors()),
-      [],
-    ],
-    [
-      "while a client is being accepted",
-      () => ({}),
-      (abort: Abort) =>
-        replaceAccept(async (accept) => {
-          const conn = await accept();
-          abort();
-          return conn;
-        }),
-      [REASON],
-    ],
-  ] as const
-) {
-  test(`an abort ${where} ends the server at once`, async () => {
-    let abort = () => {};
-    using _ = replace?.(() => abort());
-    const running = startAbortable(options(() => abort()));
-    abort = () => running.abort();
-    const client = expected.length > 0
-      ? await connect(running.server)
-      : undefined;
-    await running.finishedAtOnce();
-    assertEquals(running.errors(), [...expected]);
-    await assertRefuses(running.server);
-    client?.close();
+test("an abort in the greeting function closes the client at once", async () => {
+  const { server, errors, abort, finishedAtOnce } = startAbortable({
+    greeting() {
+      abort();
+      return NEVER;
+    },
   });
-}
+  using _conn = await connect(server);
+  await finishedAtOnce();
+  assertEquals(errors(), [REASON]);
+});
+
+test("an abort in onAcceptError ends the pause after a failed accept()", async () => {
+  using _ = failAccept(outOfDescriptors());
+  const { server, abort, finishedAtOnce } = startAbortable({
+    onAcceptError: () => abort(),
+  });
+  await finishedAtOnce();
+  await assertRefuses(server);
+});
+
+test("an aborted signal closes a connection that is just being accepted", async () => {
+  using _ = replaceAccept(async (accept) => {
+    const conn = await accept();
+    abort();
+    return conn;
+  });
+  const { server, errors, abort, finishedAtOnce } = startAbortable();
+  assertEquals(await receiveText(await connect(server)), "");
+  await finishedAtOnce();
+  assertEquals(errors(), [REASON]);
+});
 
 test("an abort in onOutcome closes all other clients", async () => {
   const outcomes: Outcome[] = [];
@@ -1864,26 +1847,14 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
     [{ port: 65535 }, "-p 65535"],
     [{ hostname: "::1" }, "--hostname ::1", "-H ::1", "-H=::1"],
     [{ hostname: "a=b" }, "--hostname=a=b", "-H a=b", "-H=a=b"],
-    [
-      { greeting: "Hi\n" },
-      "--greeting Hi",
-      "-g Hi",
-      "-gHi",
-      "-g Hi\n",
-      "-g=Hi",
-    ],
+    [{ greeting: "Hi\n" }, "--greeting Hi", "-g Hi", "-gHi", "-g=Hi", "-gHi\n"],
     [{ greeting: "-" }, "--greeting=-", "-g=-", "-g -", "-g-"],
     [{ greeting: "-v\n" }, "--greeting=-v", "-g=-v"],
     [{ greeting: "a=b\n" }, "-g a=b", "-ga=b", "-g=a=b", "--greeting=a=b"],
     [{ greeting: "=\n" }, "-g==", "--greeting=="],
     [{ greeting: "a\nb\n" }, "-g a\nb", "-ga\nb", "-g=a\nb", "--greeting=a\nb"],
     [{ greeting: "\n" }, "-g \n", "-g\n", "-g=\n", "--greeting=\n"],
-    [
-      { greeting: "\r\u2028\n" },
-      "-g\r\u2028",
-      "-g=\r\u2028",
-      "--greeting=\r\u2028",
-    ],
+    [{ greeting: "\r\u2028\n" }, "-g\r\u2028", "-g=\r\u2028"],
     [{ greeting: "5\n" }, "--greeting 5", "-g5"],
     [{ tcpBacklog: 1 }, "--backlog 1", "-b1", "-b=1"],
     [{ tcpBacklog: MAX }, `-b ${MAX}`],
@@ -1921,7 +1892,18 @@ const BAD_COMMAND_LINES: [string, ...string[]][] = [
   [String.raw`stray word "two\nlines"`, "two\nlines"],
 ];
 
-// The same mistakes in every flag of a kind. `bad` are values with a space between.
+// The same mistakes in every flag of a kind.
+const VALUES = "port-p hostname-H greeting-g backlog-b timeout-t connections-c";
+for (const [flag, letter] of VALUES.split(" ").map((pair) => pair.split("-"))) {
+  const long = flag === "connections" ? "--max-connections" : `--${flag}`;
+  const lines = `${long} ${long}= ${long}| ${long}|-1 -${letter} -${letter}=`;
+  BAD_COMMAND_LINES.push([`${long} needs a value`, ...lines.split(" ")]);
+}
+for (const flag of ["reuse-port", "answer", "verbose", "help", "Version"]) {
+  const [long, short] = [`--${flag.toLowerCase()}`, `-${flag[0]}`];
+  const message = `${long} takes no value, and was given "no"`;
+  BAD_COMMAND_LINES.push([message, `${long}=no`, `${short}|no`, `${short}=no`]);
+}
 const noNumbers = "-1 +1 0x10 0b1 1e3 x - ١ 1_0 Infinity NaN 80x 1.".split(" ");
 for (
   const [flag, letter, rule, bad] of [
@@ -1936,35 +1918,6 @@ for (
     BAD_COMMAND_LINES.push([message, `--${flag}=${value}`]);
     BAD_COMMAND_LINES.push([message, `-${letter}=${value}`]);
   }
-}
-for (
-  const flag of "port backlog max-connections timeout hostname greeting".split(
-    " ",
-  )
-) {
-  const letter = flag === "max-connections"
-    ? "c"
-    : flag === "hostname"
-    ? "H"
-    : flag[0];
-  const [long, short] = [`--${flag}`, `-${letter}`];
-  const lines = [
-    long,
-    `${long}=`,
-    `${long}|`,
-    `${long}|-1`,
-    short,
-    `${short}=`,
-  ];
-  BAD_COMMAND_LINES.push([`${long} needs a value`, ...lines]);
-}
-for (const flag of "reuse-port answer verbose help version".split(" ")) {
-  const [long, short] = [
-    `--${flag}`,
-    flag === "version" ? "-V" : `-${flag[0]}`,
-  ];
-  const message = `${long} takes no value, and was given "no"`;
-  BAD_COMMAND_LINES.push([message, `${long}=no`, `${short}|no`, `${short}=no`]);
 }
 
 test("parseFlags() names what is wrong, in one line", async () => {
