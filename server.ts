@@ -231,7 +231,7 @@ class Server implements GreetingServer {
     this.#stop.resolve();
   };
 
-  /** Closes a connection at its deadline. A greeted client is not reported again. */
+  /** Closes a connection at its deadline. Greeted clients are not reported again. */
   readonly #cutOff = (connection: Connection) => {
     const what = connection.waitsForClient
       ? "the client sent nothing"
@@ -251,8 +251,8 @@ class Server implements GreetingServer {
   }
 }
 
-// The eight steps end here. Below are the mechanisms that they call, then the options,
-// then an ordinary command line, which has nothing to do with sockets.
+// The eight steps end here. Below are the mechanisms that they call, then the
+// options, then an ordinary command line, which has nothing to do with sockets.
 
 // ============ The open connections, each with its deadline ============
 
@@ -278,8 +278,8 @@ interface Connection {
 
 /**
  * The open connections. One timer for all, the ticker, counts down the time that
- * each of them has left. The clock goes on while the process is suspended, but the
- * ticker does not. So no client is cut off for time in which the server did nothing.
+ * each of them has left. While the process is suspended, the clock goes on, but the
+ * ticker does not. So no client is cut off for time in which the server stood still.
  */
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
@@ -389,9 +389,9 @@ async function writeRest(connection: Connection, greeting: Uint8Array) {
 const MAX_WRITE = 256 * 1024;
 
 /**
- * The piece of a greeting to write next. On Windows, the kernel takes a write of any
- * size if its buffer is not full. A large greeting in one write would be taken at
- * once, and a client that reads nothing would count as greeted.
+ * The piece of a greeting to write next. On Windows, the kernel takes a write of
+ * any size if its buffer is not full. A large greeting in one write would be taken
+ * at once, and a client that reads nothing would count as greeted.
  */
 function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
   return greeting.subarray(start, start + MAX_WRITE);
@@ -422,8 +422,8 @@ const LINGER = 1000;
 const LARGE_GREETING = 64 * 1024;
 
 /**
- * How long a greeted client has to close its side. LINGER is short, because a client
- * that never closes holds its place for that time.
+ * How long a greeted client has to close its side. LINGER is short, because a
+ * client that never closes holds its place for that time.
  *
  * But the kernel's buffer holds up to 4 MB, so a client on a slow link may still be
  * reading a large greeting long after it counts as greeted. If it sends something
@@ -445,8 +445,9 @@ function clientHasLeft(error: unknown): boolean {
 }
 
 /**
- * Whether accept() may have failed because the client has left. On macOS it fails
- * with EINVAL then, but also if the listening socket is broken. EINVAL is a TypeError.
+ * Whether accept() may have failed because the client has left. On macOS it then
+ * fails with EINVAL, but it does so, too, if the listening socket is broken. Deno
+ * throws a TypeError for EINVAL.
  */
 function clientMayHaveLeft(error: unknown): boolean {
   return Deno.build.os === "darwin" && error instanceof TypeError;
@@ -503,8 +504,8 @@ class WriteGroups {
  *
  * How long? In the runtime, accept() waits in one line with all other operations.
  * Each open connection has up to three there (write, half-close, read), and 128
- * leave the line in a turn of the event loop. That is a turn for every 43 connections.
- * So the wait is a turn for every 25, and 16 more for operations of other code.
+ * leave the line in a turn of the event loop. So 43 connections delay accept() by a
+ * turn. The wait is a turn for every 25, and 16 more for operations of other code.
  */
 class QueueWatch {
   /** In how many turns of the event loop accept() may still give a client. */
@@ -558,9 +559,9 @@ function sleep(milliseconds: number): Promise<void> {
 }
 
 /**
- * Calls a callback of the user soon, when the server's own code has returned. So an
- * error of the callback is an uncaught error and does not break off that code, and a
- * callback that aborts the signal does not change what that code is looking at.
+ * Calls a callback of the user soon, when the server's own code has returned. So
+ * that code is not broken off by an error of the callback, which is an uncaught
+ * error, nor surprised by a callback that aborts the signal.
  */
 function callBack<T>(callback: (value: T) => void, value: T) {
   queueMicrotask(() => callback(value));
@@ -586,7 +587,7 @@ function show(value: unknown): string {
   return String(value);
 }
 
-/** Encodes text and copies bytes, so that later changes of the bytes do not count. */
+/** Encodes text, and copies bytes, which their owner may change later. */
 function toBytes(greeting: Greeting): Uint8Array {
   if (typeof greeting === "string") return new TextEncoder().encode(greeting);
   if (greeting instanceof Uint8Array) return new Uint8Array(greeting);

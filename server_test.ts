@@ -1946,6 +1946,7 @@ test("parseFlags() gives valid options or one line for any arguments", async () 
     );
     const flags = await parseFlags(args).catch((error: Error) => {
       assertMatch(error.message, /^[^\n]+$/);
+      assert(!(error instanceof TypeError)); // for a package that is missing
     });
     if (!flags) continue;
     parsed++;
@@ -2118,8 +2119,8 @@ it("prints a line for every connection with --verbose", async () => {
   assertEquals(await server.stop(), stopped(1, 1));
 });
 
-// What is wrong, the exit code, the arguments of `deno run`, and a part of the line. One
-// row for each kind of mistake in a flag: the tests of parseFlags() have them all.
+// What is wrong, the exit code, the arguments of `deno run`, and a part of the line.
+// One row for each kind of mistake in a flag: the tests of parseFlags() have them all.
 const MISTAKES = String.raw`
 a bad value | 2 | server.ts -p 1.5 | --port must be a whole
 a missing value | 2 | server.ts --port= | --port needs a value
