@@ -1230,9 +1230,9 @@ test("serve() goes on at once, without a report, if accept() fails because the c
 
 /** Waits until a server no longer listens. */
 async function untilRefused(server: Server): Promise<void> {
-  while (true) {
-    // Clients that come in every turn of the event loop would keep it listening.
-    await sleep(400);
+  // Clients that come too often would keep it listening.
+  for (let pause = 100;; pause *= 2) {
+    await sleep(pause);
     try {
       (await connect(server)).close();
     } catch {
@@ -1278,7 +1278,7 @@ for (
     for (const conn of waiting) await send(conn, 1);
     const { shutdown } = server; // as it is handed to a signal, say
     const shut = shutdown();
-    for (let turn = 0; turn < 50; turn++) await sleep(0);
+    for (let turn = 0; turn < 100; turn++) await sleep(0);
     silent.close();
     await assertAllGreeted(waiting);
     await shut;
@@ -1292,8 +1292,8 @@ for (
     ["gives clients that have left", () => new Deno.errors.NotConnected()],
   ] as const
 ) {
-  test(`shutdown() greets the clients in the queue though accept() ${what} for 60 turns`, async () => {
-    using _ = failAccept(...Array.from({ length: 60 }, failure));
+  test(`shutdown() greets the clients in the queue though accept() ${what} for 100 turns`, async () => {
+    using _ = failAccept(...Array.from({ length: 100 }, failure));
     const { server } = start();
     const waiting = await times(10, () => connect(server));
     const shut = server.shutdown();
@@ -1372,6 +1372,23 @@ test("shutdown() greets the queue beside 200 busy connections of the same progra
   await server.finished;
   thread.end();
   await Promise.all(echoes);
+});
+
+test("shutdown() greets the queue beside code that never lets the event loop rest", async () => {
+  let busy = true;
+  const work = (async () => {
+    while (busy) {
+      const end = performance.now() + 2;
+      while (performance.now() < end);
+      await setImmediate();
+    }
+  })();
+  const { server } = start();
+  const seen = await clientsOfBlocked(server, { afterwards: server.shutdown });
+  assertEquals(seen, Array(100).fill(GREETING));
+  await server.finished;
+  busy = false;
+  await work;
 });
 
 test("shutdown() goes on accepting while clients come, for as long as the timeout", async () => {
