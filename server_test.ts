@@ -433,11 +433,7 @@ test(
       const conns = await times(100, connect);
       child.kill("SIGCONT");
       const texts = await Promise.allSettled(conns.map(receiveText));
-      try {
-        child.kill();
-      } catch {
-        // It has ended by itself.
-      }
+      if (program === served) child.kill(); // the other one ends by itself
       const { code } = await child.status;
       await output.end;
       const count = texts.filter((text) =>
@@ -874,36 +870,42 @@ function holdWrites() {
 }
 
 for (
-  const [what, count, options] of [
-    ["came while the kernel was busy", 1100, {}],
-    ["have spoken", 10, { answer: true }],
-    ["have a slow greeting function", 10, {
-      greeting: () => sleep(50).then(() => GREETING),
-    }],
+  const [what, count, answer, delay] of [
+    ["came while the kernel was busy", 1100, false, 0],
+    ["have spoken", 10, true, 0],
+    ["have a slow greeting function", 10, false, 50],
   ] as const
 ) {
   test(`serve() greets ${count} clients that ${what} before those that come later`, async () => {
     using writes = holdWrites();
-    const { server, outcomes } = start({ timeout: 20_000, ...options });
-    const come = async (number: number) => {
+    let ready = 0;
+    const { server, outcomes } = start({
+      timeout: 20_000,
+      answer,
+      async greeting() {
+        if (delay > 0) await sleep(delay);
+        ready++;
+        return GREETING;
+      },
+    });
+    async function come(number: number) {
+      const before = ready;
       const conns = await inTurn(number, () => connect(server));
-      await until(() =>
-        server.connections === conns.length + all.length - outcomes.length
-      );
-      for (const conn of conns) if ("answer" in options) await send(conn, 1);
-      all.push(...conns);
-    };
-    const all: Deno.TcpConn[] = [];
-    await come(1 + count);
-    await writes.release(1); // the first client, who was alone
+      for (const conn of conns) if (answer) await send(conn, 1);
+      await until(() => ready === before + number);
+      return conns;
+    }
+    const first = await come(1); // is written to alone
+    const group = await come(count);
+    await writes.release(1);
     await writes.release(0, count);
-    await come(3);
+    const later = await come(3);
     await sleep(100); // in which the later ones would be written to
     await writes.release(count - 1, count);
-    await until(() => outcomes.length === count);
+    await until(() => outcomes.length === count); // with the first one
     await writes.release(1); // the later ones wait even for the last one
     await writes.release(3);
-    await assertAllGreeted(all);
+    await assertAllGreeted([...first, ...group, ...later]);
     await server.shutdown();
   });
 }
@@ -953,6 +955,7 @@ test("serve() with answer counts the time before and after a client speaks as on
   await send(conn, 1);
   await end;
   assertEquals(errors()[0]!.message, "not greeted in 400 ms");
+  assertGreaterOrEqual(outcomes[0]!.milliseconds, 400);
   await server.shutdown();
 });
 
@@ -1014,8 +1017,8 @@ for (
     const ends: Promise<void>[] = [];
     for (let i = 0; i < 5; i++) {
       conns.push(await connect(server));
-      // Within two ticks after its time: a tick is a quarter of the timeout.
-      ends.push(within(timeout * 1.5 + 100, until(() => outcomes.length > i)));
+      // At the first tick after its time: a tick is a quarter of the timeout.
+      ends.push(within(timeout * 1.25 + 100, until(() => outcomes.length > i)));
       await sleep(50); // not to be in one tick
     }
     await Promise.all(ends);
@@ -1031,6 +1034,15 @@ for (
     }
   });
 }
+
+test("serve() cuts off a hundred silent clients at the same time", async () => {
+  const { server, errors } = start({ answer: true, timeout: 400 });
+  const conns = await inTurn(100, () => connect(server));
+  await within(600, until(() => errors().length === 100));
+  for (const error of errors()) assertInstanceOf(error, Deno.errors.TimedOut);
+  conns.forEach((conn) => conn.close());
+  await server.shutdown();
+});
 
 test("serve() takes no notice of a greeting function that fails after its client was cut off", async () => {
   const late = Promise.withResolvers<string>();
@@ -1099,24 +1111,36 @@ test("serve() never reports a client as greeted that it has cut off", async () =
   assertInstanceOf(errors()[0], Deno.errors.TimedOut);
 });
 
-for (const [timeout, lingers] of [[400, 400], [20_000, 1000]] as const) {
-  test(`serve() lets a greeted client linger for ${lingers} ms with a timeout of ${timeout}`, async () => {
-    const { server, errors } = start({
+for (
+  const [timeout, lingers, size] of [
+    [400, 400, 18], // no longer than the timeout
+    [20_000, 1000, 18],
+    [1500, 1500, 100_000], // as long as the timeout after a large greeting
+  ] as const
+) {
+  test(`serve() lets a client linger for ${lingers} ms with a timeout of ${timeout}, after ${size} bytes`, async () => {
+    const { server, outcomes } = start({
       timeout,
       maxConnections: 1,
-      greeting: () => sleep(300).then(() => GREETING), // most of a short timeout
+      // Takes a part of the timeout.
+      greeting: () => sleep(300).then(() => new Uint8Array(size)),
     });
-    using conn = await connectAndStay(server);
+    using conn = await connect(server);
+    await until(() => outcomes.length === 1);
     const greeted = performance.now();
     // The next client has to wait for it, and for its own greeting. A tick is
     // 250 ms at the most.
     const tick = Math.min(250, timeout / 4);
-    await within(lingers + 2 * tick + 300 + 200, assertGreets(server));
+    const next = within(
+      lingers + tick + 300 + 150,
+      receive(await connect(server)),
+    );
+    assertEquals((await next).length, size);
     const lingered = performance.now() - greeted - 300;
-    assertGreaterOrEqual(lingered, lingers - 10); // it read that a little late
-    assertEquals(await conn.read(new Uint8Array(1)), null);
+    assertGreaterOrEqual(lingered, lingers - 10); // it saw that a little late
+    assertEquals((await receive(conn)).length, size);
     await server.shutdown();
-    assertEquals(errors(), [undefined, undefined]);
+    assertEquals(outcomes.map(({ error }) => error), [undefined, undefined]);
   });
 }
 
@@ -1193,7 +1217,7 @@ const outOfDescriptors = () => new Error("Too many open files (os error 24)");
 test("serve() reports that accept() has failed, and tries again after 10 ms, whatever the error", async () => {
   // Without a pause, an error that repeats would make the process spin. A TypeError
   // is what Deno throws when another program has ended the listening socket.
-  const failures = Array.from({ length: 12 }, (_, i) =>
+  const failures = Array.from({ length: 30 }, (_, i) =>
     [
       outOfDescriptors(),
       new TypeError("Invalid argument (os error 22)"),
@@ -1204,7 +1228,7 @@ test("serve() reports that accept() has failed, and tries again after 10 ms, wha
   const { server } = start({ onAcceptError: (e) => void errors.push(e) });
   const began = performance.now();
   await within(1000, assertGreets(server));
-  assertGreaterOrEqual(performance.now() - began, 12 * 9); // 10 ms after each
+  assertGreaterOrEqual(performance.now() - began, 30 * 9); // 10 ms after each
   await server.shutdown();
   // On macOS a TypeError may mean that the client has left.
   const isMac = Deno.build.os === "darwin";
@@ -1405,7 +1429,7 @@ test("shutdown() goes on accepting while clients come, for as long as the timeou
   await times(30, () => assertGreets(server));
   const before = outcomes.length;
   const began = performance.now();
-  await within(2000, server.shutdown());
+  await within(1600, server.shutdown());
   assertGreaterOrEqual(performance.now() - began, 1200);
   assertGreater(outcomes.length - before, 5);
   await Promise.all(clients);
@@ -1799,6 +1823,23 @@ const OPTIONS: Record<string, [unknown[], unknown[], unknown[]]> = {
   onAcceptError: [[() => {}], [], [null, 5, {}, "f"]],
 };
 
+test("serve() listens on port 9000 of all interfaces by default", () => {
+  const { listen } = Deno;
+  const given: unknown[] = [];
+  try {
+    Deno.listen = (options: unknown) => {
+      given.push(options);
+      throw REASON; // before a port is taken that another program may have
+    };
+    assertThrows(() => serve(), Error, "enough");
+  } finally {
+    Deno.listen = listen;
+  }
+  const { hostname, port, tcpBacklog, reusePort } = NO_FLAGS;
+  assertEquals(given, [{ hostname, port, tcpBacklog, reusePort }]);
+  return Promise.resolve();
+});
+
 test("serve() takes every good option, and undefined for the default", async () => {
   const signal = AbortSignal.abort(REASON); // thrown when all are checked
   for (const [name, [good]] of Object.entries(OPTIONS)) {
@@ -2118,23 +2159,32 @@ it("waits for the client to speak with --answer", async () => {
 });
 
 it("prints a line for every connection with --verbose", async () => {
-  const args = ["--verbose", "--timeout=1", "--greeting=-"];
+  const args = ["-v", "--timeout=1", "--greeting=-"];
   const server = await launch(args, { stdin: LARGE });
   const good = await server.connect();
   await receive(good);
-  using stuck = await server.connect();
-  for (
-    const [conn, how] of [
-      [good, `greeted: ${LARGE.length} bytes`],
-      [stuck, String.raw`failed, not greeted in 1000 ms: \d+ bytes`],
-    ] as const
-  ) {
+  const stuck = await server.connect();
+  async function figures(conn: Deno.Conn, how: string) {
     const { port } = conn.localAddr as Deno.NetAddr;
-    const line = `^127\\.0\\.0\\.1:${port} ${how}, \\d+\\.\\d ms$`;
-    await server.line(new RegExp(line));
+    const line =
+      `^127\\.0\\.0\\.1:${port} ${how}: (\\d+) bytes, (\\d+\\.\\d) ms$`;
+    return (await server.line(new RegExp(line))).slice(1).map(Number);
   }
+  const [bytes, milliseconds] = await figures(good, "greeted");
+  assertEquals(bytes, LARGE.length);
+  assertLess(milliseconds!, 1000);
+  const [sent, after] = await figures(stuck, "failed, not greeted in 1000 ms");
+  assertEquals((await receive(stuck)).length, sent);
+  assert(1000 <= after! && after! < 3000, `${after} ms`);
   assertEquals(await server.stop(), stopped(1, 1));
 });
+
+it("shows the address of an IPv6 client in brackets", async () => {
+  const server = await launch(["-v", "--hostname=::1"]);
+  assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
+  await server.line(/^\[::1\]:\d+ greeted: 18 bytes, /);
+  assertEquals(await server.stop(), stopped(1));
+}, !hasIPv6);
 
 // What is wrong, the exit code, the arguments of `deno run`, and a part of the line.
 // One row for each kind of mistake in a flag: the tests of parseFlags() have them all.
@@ -2341,7 +2391,7 @@ for (
         await sleep(100);
       }
     })();
-    const { code, signal, last } = await within(3000, ended);
+    const { code, signal, last } = await within(1500, ended);
     assertEquals([code, signal], [exitCode, second]);
     assertMatch(last!, /^Stopping/);
     await killed;
@@ -2522,7 +2572,8 @@ it("greets all without free file descriptors, though they stay and it is told to
   assertEquals(await server.ended(), stopped(100));
   conns.forEach((conn) => conn.close());
   const complaints = server.lines().filter((line) => /^Cannot/.test(line));
-  // One a second.
+  // One a second. The first clients leave their places after more than a second.
+  assertGreater(complaints.length, 1);
   assertLess(complaints.length, 2 + (performance.now() - began) / 1000);
 });
 
@@ -2655,7 +2706,7 @@ it("writes every line of a log that is read late, where that is non-blocking, an
     after = await server.cpu();
   } while (after - before > 3);
   const { lines, end } = watch(server.stderr);
-  await until(() => lines().length === 3002); // with "Listening"
+  await within(1000, until(() => lines().length === 3002)); // with "Listening"
   for (const line of lines().slice(1)) {
     assertMatch(line, /^127\.0\.0\.1:\d+ greeted: 18 bytes, \d+\.\d ms$/);
   }
