@@ -1450,14 +1450,16 @@ test("shutdown() greets clients that speak meanwhile, and waits for silent ones 
   assertInstanceOf(cutOff, Deno.errors.TimedOut);
 });
 
-test("await using shuts down and waits for open connections", async () => {
-  const { server, outcomes } = start({ timeout: 100 });
+test("await using greets the queue, and waits for open connections", async () => {
+  const { server, errors } = start({ timeout: 100 });
   using _conn = await connectAndStay(server);
+  let seen: Promise<string[]>;
   {
     await using _ = server;
-    assertEquals(server.connections, 1);
+    seen = clientsOfBlocked(server);
   }
-  assertEquals([server.connections, outcomes.length], [0, 1]);
+  assertEquals([server.connections, errors().length], [0, 101]);
+  assertEquals(await seen, Array(100).fill(GREETING));
 });
 
 // ============================= serve(): aborting =============================
@@ -1500,7 +1502,10 @@ for (
     await assertRefuses(server);
     await writes?.release(1);
     await writes?.release(4);
-    conns.forEach((conn) => conn.close());
+    const received = await Promise.all(conns.map(receive));
+    const sum = (numbers: number[]) => numbers.reduce((a, b) => a + b);
+    const bytes = sum(outcomes.map(({ bytes }) => bytes));
+    assertEquals(bytes, sum(received.map(({ length }) => length)));
   });
 }
 
@@ -1554,18 +1559,26 @@ test("an abort in onOutcome closes all other clients", async () => {
   conns.forEach((conn) => conn.close());
 });
 
-test("an aborted signal ends a shutdown that still greets the queue", async () => {
-  const options = { maxConnections: 1, greeting: LARGE };
-  const { server, errors, abort } = startAbortable(options);
-  const conns = await times(2, () => connect(server));
-  await until(() => server.connections === 1);
-  const shut = server.shutdown();
-  abort();
-  await within(500, shut);
-  assertEquals(errors(), [REASON]); // the other one was not accepted
-  await assertRefuses(server);
-  conns.forEach((conn) => conn.close());
-});
+for (
+  const [doing, maxConnections, open] of [
+    ["still greets the queue", 1, 1],
+    ["waits for open connections", 10, 2],
+  ] as const
+) {
+  test(`an aborted signal ends a shutdown that ${doing}`, async () => {
+    const options = { maxConnections, greeting: LARGE };
+    const { server, errors, abort } = startAbortable(options);
+    const conns = await times(2, () => connect(server));
+    await until(() => server.connections === open);
+    const shut = server.shutdown();
+    if (open === 2) await untilRefused(server);
+    abort();
+    await within(500, shut);
+    assertEquals(errors(), Array(open).fill(REASON));
+    await assertRefuses(server);
+    conns.forEach((conn) => conn.close());
+  });
+}
 
 test("an aborted signal does not harm a server that has stopped, and has no hold of it", async () => {
   const listeners = new Set<unknown>();
@@ -1778,14 +1791,20 @@ test("serve() listens on IPv6 alone", async () => {
 test(
   "serve() listens on IPv6 and IPv4 on ::, and shows IPv4 addresses as such",
   async () => {
+    let calls = 0;
     const { server, outcomes } = start({
       hostname: "::",
-      greeting: ({ hostname }) => hostname,
+      greeting({ hostname }) {
+        if (calls++ % 2 === 1) throw REASON;
+        return hostname;
+      },
     });
     for (const hostname of ["::1", "127.0.0.1"]) {
-      const conn = await Deno.connect({ hostname, port: server.addr.port });
-      assertEquals(await receiveText(conn), hostname);
-      assertEquals(outcomes.at(-1)!.remoteAddr, conn.localAddr);
+      for (const expected of [hostname, ""]) {
+        const conn = await Deno.connect({ hostname, port: server.addr.port });
+        assertEquals(await receiveText(conn), expected);
+        assertEquals(outcomes.at(-1)!.remoteAddr, conn.localAddr);
+      }
     }
     await server.shutdown();
   },
@@ -1873,9 +1892,9 @@ test("serve() names a bad option and opens nothing", async () => {
   for (const options of [null, port, "x", () => {}]) {
     assertNamed(options, TypeError, "options");
   }
-  const hostnames = [[null, "null"], [5, "5"], ["", ""], [{}, "an object"]];
-  for (const [value, shown] of hostnames.filter(([value]) => value !== "")) {
-    const message = `hostname must be a string, not ${shown}`;
+  const shown = [[null, "null"], [5, "5"], [{}, "an object"]];
+  for (const [value, text] of [...shown, [() => 5, "a function"]]) {
+    const message = `hostname must be a string, not ${text}`;
     const options = { port, hostname: value as string };
     assertThrows(() => serve(options), TypeError, message);
   }
@@ -1920,6 +1939,7 @@ test("parseFlags() takes long and short flags, and the last of a repeated one", 
     [{ timeout: 500 }, "-t .5", "-t0.5"],
     [{ timeout: 1 }, "-t 0.001"],
     [{ timeout: 1002 }, "-t 1.0015"],
+    [{ timeout: 2147483000 }, "-t 2147483"],
     [{ maxConnections: 7 }, "--max-connections 7", "-c 7", "-c=7"],
     [{ maxConnections: MAX }, `-c ${MAX}`],
     [{ reusePort: true }, "--reuse-port", "-r"],
@@ -2087,7 +2107,7 @@ it("prints no line for a client, and none for a stop without clients", async () 
   const server = await launch(["--timeout=0.1", "--answer"]);
   assertEquals((await sh(`echo Hello | ${server.nc}`)).out, GREETING);
   assertEquals(await receiveText(await server.connect()), ""); // cut off
-  assertEquals(await server.stop(), stopped(1, 1));
+  assertEquals(await within(450, server.stop()), stopped(1, 1)); // at once
   assertEquals(server.lines().length, 2); // Listening and Stopped
 });
 
@@ -2123,10 +2143,12 @@ const linkLocal = hasProcesses
   : "";
 
 it("shows the zone of a link-local IPv6 address", async () => {
-  const server = await launch(["--hostname", linkLocal]);
-  assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
-  assertMatch(server.address!, /^\[fe80::.*%.+\]$/);
-  assertEquals(await server.stop(), stopped(1));
+  for (const host of [linkLocal, `[${linkLocal}]`]) {
+    const server = await launch(["--hostname", host]);
+    assertEquals((await sh(`${server.nc} </dev/null`)).out, GREETING);
+    assertMatch(server.address!, /^\[fe80::[^\]]+%[^\]]+\]$/);
+    assertEquals(await server.stop(), stopped(1));
+  }
 }, linkLocal === "");
 
 for (
@@ -2156,6 +2178,20 @@ it("waits for the client to speak with --answer", async () => {
   await silent.write(new Uint8Array(1));
   await assertAllGreeted([silent]);
   assertEquals(await server.stop(), stopped(3));
+});
+
+it("holds no more connections than --max-connections", async () => {
+  const server = await launch(["--answer", "--max-connections=1"]);
+  const silent = await server.connect();
+  const next = await server.connect();
+  await send(next, 1);
+  let greeted = false;
+  const text = receiveText(next).finally(() => greeted = true);
+  await sleep(200);
+  assertEquals(greeted, false);
+  silent.close();
+  assertEquals(await text, GREETING);
+  assertEquals(await server.stop(), stopped(2));
 });
 
 it("prints a line for every connection with --verbose", async () => {
@@ -2363,6 +2399,7 @@ it("lets open connections end when told to stop, and says how many it waits for"
   await server.line(
     /^Stopping: waiting for clients \(2 left\); a second signal ends it$/,
   );
+  await sleep(200);
   server.kill("SIGINT"); // so soon it is the same one, as under deno task
   assertEquals(await server.ended(), stopped(3));
   assertLess(performance.now() - began, 10_000); // the timeout has not come
