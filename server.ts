@@ -504,15 +504,16 @@ class WriteGroups {
  * one, though perhaps late. So if accept() has not answered for long enough, the
  * queue is empty.
  *
- * How long? While other code keeps the event loop busy, the runtime looks for new
- * clients only every 61 turns of the loop (tokio's `event_interval`). And accept()
- * waits in one line with all other operations. Each open connection has up to three
- * there (write, half-close, read), and 128 leave the line in a turn. So 43
- * connections delay accept() by a turn. The wait is 64 turns, and one for every 25.
+ * How long? In the runtime, accept() waits in one line with all other operations.
+ * Each open connection has up to three there (write, half-close, read), and 128
+ * leave the line in a turn of the event loop. So 43 connections delay accept() by a
+ * turn. The wait is a round of turns for every 25 connections, and 16 more. A round
+ * has five turns, because the runtime looks for new clients only every 61 turns
+ * while other code keeps the event loop busy (tokio's `event_interval`).
  */
 class QueueWatch {
-  /** In how many turns of the event loop accept() may still give a client. */
-  #turnsLeft = 64;
+  /** In how many rounds accept() may still give a client. */
+  #roundsLeft = 16;
   /** Resolves when accept() is called again. */
   #pause: Promise<void> | undefined;
 
@@ -522,10 +523,10 @@ class QueueWatch {
    * operations are in the line already.
    */
   acceptAnswered(open: number) {
-    this.#turnsLeft = 64 + open / 25;
+    this.#roundsLeft = 16 + open / 25;
   }
 
-  /** Remembers a pause, in which accept() is not called and turns do not count. */
+  /** Remembers a pause, in which accept() is not called and no round counts. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
@@ -533,12 +534,11 @@ class QueueWatch {
 
   /** Resolves when the queue is empty, or soon after `giveUp()`. */
   async untilEmpty() {
-    while (this.#turnsLeft > 0) {
+    while (this.#roundsLeft > 0) {
       await this.#pause;
-      this.#turnsLeft--;
-      // Both last one turn. But sleep(0) takes a millisecond or more, in which the
-      // event loop can rest. So an idle server stops sooner with fewer of them.
-      await (this.#turnsLeft % 4 < 1 ? sleep(0) : nextTurn());
+      this.#roundsLeft--;
+      for (let turn = 0; turn < 4; turn++) await nextTurn();
+      await sleep(0); // a turn in which the event loop can rest
     }
   }
 
@@ -547,7 +547,7 @@ class QueueWatch {
    * ends after 10 ms, or when the next connection ends.
    */
   giveUp() {
-    this.#turnsLeft = 0;
+    this.#roundsLeft = 0;
   }
 }
 
