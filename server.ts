@@ -111,9 +111,11 @@ class Server implements GreetingServer {
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
+    let failures = 0; // one after the other
     while (true) {
       try {
         for await (const conn of this.#listener) {
+          failures = 0;
           this.#serve(conn); // not awaited: clients are served side by side
           this.#queueWatch.acceptAnswered(this.#connections.size);
           if (this.#connections.size >= maxConnections) {
@@ -128,7 +130,8 @@ class Server implements GreetingServer {
         if (!clientMayHaveLeft(error)) callBack(onAcceptError, error as Error);
         // The next call may fail as well, for example because the process is out
         // of file descriptors. Without a pause, the loop would only use up CPU.
-        await this.#queueWatch.pauseAccept(sleep(ACCEPT_RETRY));
+        const pause = Math.min(++failures * ACCEPT_RETRY, MAX_ACCEPT_RETRY);
+        await this.#queueWatch.pauseAccept(sleep(pause));
       }
     }
   }
@@ -436,8 +439,9 @@ function lingerTime(greeting: Uint8Array, timeout: number): number {
   return Math.min(timeout, LINGER);
 }
 
-/** The pause after a failed accept(), in milliseconds. */
+/** The pause after a failed accept(), and after many of them, in milliseconds. */
 const ACCEPT_RETRY = 10;
+const MAX_ACCEPT_RETRY = 100;
 
 /** Whether accept() failed because the client has already left. */
 function clientHasLeft(error: unknown): boolean {
@@ -544,7 +548,7 @@ class QueueWatch {
 
   /**
    * The listener is closed, so accept() gives no more clients. A pause goes on. It
-   * ends after 10 ms, or when the next connection ends.
+   * ends soon, or when the next connection ends.
    */
   giveUp() {
     this.#roundsLeft = 0;
@@ -687,8 +691,8 @@ export interface ServeOptions {
   onOutcome?: ((outcome: Outcome) => void) | undefined;
   /**
    * Called when accept() fails, for example because the process is out of file
-   * descriptors. The server tries again every 10 ms. An error thrown here is an
-   * uncaught error, too.
+   * descriptors. The server tries again after 10 ms, and after up to 100 ms if it
+   * goes on failing. An error thrown here is an uncaught error, too.
    */
   onAcceptError?: ((error: Error) => void) | undefined;
 }
@@ -1095,7 +1099,7 @@ async function main() {
       if (verbose) log.say(lineFor(outcome));
     },
     onAcceptError(error) {
-      // One line a second is enough: accept() is tried every 10 ms.
+      // One line a second is enough: accept() is tried many times a second.
       if (performance.now() - complained < 1000) return;
       complained = performance.now();
       log.say(`Cannot accept, trying again: ${error.message}`);
