@@ -141,7 +141,7 @@ class Server implements GreetingServer {
     const { answer, greeting, timeout, signal } = this.#settings;
     const connection = this.#connections.add(conn, timeout);
     try {
-      signal?.throwIfAborted(); // aborted while accept() gave this client
+      signal?.throwIfAborted(); // accept() had resolved already at the abort
 
       // Step 6: read, if the client speaks first. What it says is thrown away.
       if (answer) {
@@ -164,8 +164,8 @@ class Server implements GreetingServer {
         drained = drain(conn); // reads while the next line writes
         await writeRest(connection, bytes);
       }
-      // The deadline may have come after the kernel took the greeting and before
-      // the write resolved. Then the client has been reported as failed.
+      // If the deadline came before the write resolved, the client has been
+      // reported as failed, though the kernel has taken its greeting.
       if (connection.state === "closed") return;
       connection.state = "greeted";
       this.#connections.setDeadline(connection, lingerTime(bytes, timeout));
@@ -210,8 +210,8 @@ class Server implements GreetingServer {
   /**
    * Clients in the kernel's queue are already connected, so a stop greets them
    * too. But new clients may keep coming, so the listener is closed at the latest
-   * after the timeout. Four intervals are counted, because a single timer would
-   * end while the process is suspended and accepts no client.
+   * after the timeout. It is counted in four intervals: if the process is suspended
+   * for long, only one of them ends meanwhile, and the others are for the clients.
    */
   async #untilQueueIsGreeted() {
     let quarters = 4;
@@ -236,7 +236,7 @@ class Server implements GreetingServer {
     this.#stop.resolve();
   };
 
-  /** Closes a connection at its deadline. Greeted clients are not reported again. */
+  /** Closes a connection at its deadline. A greeted one is not reported again. */
   readonly #cutOff = (connection: Connection) => {
     const what = connection.waitsForClient
       ? "the client sent nothing"
@@ -265,7 +265,7 @@ class Server implements GreetingServer {
 interface Connection {
   readonly conn: Deno.TcpConn;
   /**
-   * `greeting`: the greeting is being made or written. `greeted`: all of it is
+   * `greeting`: not all of the greeting is written yet. `greeted`: all of it is
    * written, and the client has not closed its side yet. `closed`: the end.
    */
   state: "greeting" | "greeted" | "closed";
@@ -284,7 +284,7 @@ interface Connection {
 /**
  * The open connections. One timer for all, the ticker, counts down the time that
  * each of them has left. While the process is suspended, the clock goes on, but the
- * ticker does not. So no client is cut off for time in which the server stood still.
+ * ticker does not. So no client is cut off for time in which nothing was done.
  */
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
@@ -297,7 +297,7 @@ class Connections {
   #onEnd = () => {};
 
   constructor(timeout: number, cutOff: (connection: Connection) => void) {
-    // Deadlines are up to two ticks late, see setDeadline(). So ticks are short.
+    // Deadlines come at a tick, up to two ticks late. So ticks are short.
     this.#tick = Math.min(250, Math.ceil(timeout / 4));
     this.#cutOff = cutOff;
   }
@@ -339,8 +339,7 @@ class Connections {
 
   /** Gives the connection so many milliseconds from now. */
   setDeadline(connection: Connection, milliseconds: number) {
-    // One tick more, because the next tick may come at once. The deadline comes
-    // at the first tick after that.
+    // One tick more, because the next tick may come at once.
     connection.timeLeft = milliseconds + this.#tick;
   }
 
@@ -418,7 +417,7 @@ async function drain(conn: Deno.TcpConn) {
   }
 }
 
-/** The time for a small greeting, in milliseconds. */
+/** The time to close its side after a small greeting, in milliseconds. */
 const LINGER = 1000;
 /**
  * Above this many bytes, the client may need longer to read the greeting. A link
@@ -466,14 +465,14 @@ function clientMayHaveLeft(error: unknown): boolean {
  * that become ready wait for the next group, which starts as a whole.
  *
  * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
- * The other writes are tried again in the next turn, but behind newer writes. While
- * new clients keep coming, the same writes can be overtaken again and again. In
+ * The other writes go to the end of its line, behind writes that began later. While
+ * new clients keep coming, that can happen to the same writes again and again. In
  * groups all clients wait about equally long, because no newer write begins before
  * all writes of the group are done.
  *
  * A group ends soon. A first write goes into an empty buffer, so it does not wait
- * for its client. If the kernel is out of memory, the writes reject when their
- * connections are closed at their deadlines.
+ * for its client. It waits only if the kernel is out of memory, and then until the
+ * connection is closed at its deadline, which makes the write reject.
  */
 class WriteGroups {
   /** Writes of the present group that are not done yet. */
@@ -511,9 +510,10 @@ class WriteGroups {
  * How long? In the runtime, accept() waits in one line with all other operations.
  * Each open connection has up to three there (write, half-close, read), and 128
  * leave the line in a turn of the event loop. So 43 connections delay accept() by a
- * turn. The wait is a round of turns for every 25 connections, and 16 more. A round
- * has five turns, because the runtime looks for new clients only every 61 turns
- * while other code keeps the event loop busy (tokio's `event_interval`).
+ * turn. The wait is a round for every 25 connections, as a margin, and 16 more for
+ * operations of other code. A round has five turns: while other code keeps the
+ * loop busy, the runtime looks for new clients only every 61 turns (tokio's
+ * `event_interval`), and 16 rounds have 80.
  */
 class QueueWatch {
   /** In how many rounds accept() may still give a client. */
@@ -522,8 +522,8 @@ class QueueWatch {
   #pause: Promise<void> | undefined;
 
   /**
-   * accept() has given a client or an error. The number of connections that are
-   * open now counts until the next answer, even if some are closed before: their
+   * accept() has given a client or an error, while `open` connections were open.
+   * The wait does not become shorter when some of them are closed, because their
    * operations are in the line already.
    */
   acceptAnswered(open: number) {
@@ -536,7 +536,7 @@ class QueueWatch {
     return until;
   }
 
-  /** Resolves when the queue is empty, or soon after `giveUp()`. */
+  /** Resolves when the queue is empty, or after `giveUp()` and a pause. */
   async untilEmpty() {
     while (this.#roundsLeft > 0) {
       await this.#pause;
@@ -548,7 +548,7 @@ class QueueWatch {
 
   /**
    * The listener is closed, so accept() gives no more clients. A pause goes on. It
-   * ends soon, or when the next connection ends.
+   * ends after 100 ms at the latest or, if no place was free, when a client leaves.
    */
   giveUp() {
     this.#roundsLeft = 0;
@@ -572,9 +572,9 @@ function nextTurn(): Promise<void> {
 }
 
 /**
- * Calls a callback of the user soon, when the server's own code has returned. So
- * that code is not broken off by an error of the callback, which is an uncaught
- * error, nor surprised by a callback that aborts the signal.
+ * Calls a callback of the user soon, when the server's own code has returned. An
+ * error of the callback is then an uncaught error and does not break off that code.
+ * If the callback aborts the signal, that code is not in the middle of its work.
  */
 function callBack<T>(callback: (value: T) => void, value: T) {
   queueMicrotask(() => callback(value));
@@ -740,7 +740,7 @@ export interface GreetingServer extends AsyncDisposable {
 }
 
 /**
- * The values of options that are left out.
+ * The values of options that are left out. `deno doc` need not show them again.
  *
  * @ignore
  */
@@ -860,8 +860,9 @@ const SWITCHES = { r: "reuse-port", a: "answer", v: "verbose", h: "help",
   V: "version" };
 
 /**
- * Writes -gTEXT and -g=TEXT as --greeting=TEXT. Otherwise parseArgs() would take
- * the letters of -gTEXT for flags, and cut -g=TEXT at a line break.
+ * Writes -gTEXT and -g=TEXT as --greeting=TEXT, but not a -g alone. Otherwise
+ * parseArgs() would take the letters of -gTEXT for flags, and cut -g=TEXT at a line
+ * break.
  */
 function spellOut(arg: string): string {
   const [, letter = "", value] = /^-(\w)(?:=|(?=.))(.*)$/s.exec(arg) ?? [];
@@ -892,7 +893,8 @@ async function findFlags(args: string[]) {
       return false;
     },
   });
-  const { _: wordsAfterDashes, ...values } = found; // the words after `--`
+  // `unknown` has the other words. Those after `--` are here.
+  const { _: wordsAfterDashes, ...values } = found;
   return { values, others: [...unknown, ...wordsAfterDashes as string[]] };
 }
 
@@ -1106,7 +1108,7 @@ async function main() {
     },
   }).catch(cannot(`listen on ${hostPort(options)}`));
 
-  const stopped = stopSignal(); // from now on, before the next line is printed
+  const stopped = stopSignal(); // before "Listening" is printed
   // An address such as fe80::1%eth0 names its network interface after the %. Deno
   // does not show that part, but a client needs it.
   const zone = /%[^\]]*/.exec(options.hostname)?.[0] ?? "";
