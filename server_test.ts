@@ -1386,11 +1386,8 @@ test("shutdown() greets the queue beside 200 busy connections of the same progra
   const echoes: Promise<void>[] = [];
   for (let i = 0; i < count; i++) echoes.push(echo(await listener.accept()));
   const { server } = start({ timeout: 20_000 });
-  const seen = await clientsOfBlocked(server, {
-    count: 300,
-    afterwards: server.shutdown,
-  });
-  assertEquals(seen, Array(300).fill(GREETING));
+  const seen = await clientsOfBlocked(server, { afterwards: server.shutdown });
+  assertEquals(seen, Array(100).fill(GREETING));
   await server.finished;
   thread.end();
   await Promise.all(echoes);
@@ -1572,7 +1569,9 @@ for (
     if (open === 2) await untilRefused(server);
     abort();
     await within(500, shut);
-    assertEquals(errors(), Array(open).fill(REASON));
+    // The clients of untilRefused() have left.
+    const aborted = errors().filter((error) => error === REASON);
+    assertEquals(aborted.length, open);
     await assertRefuses(server);
     conns.forEach((conn) => conn.close());
   });
