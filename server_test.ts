@@ -184,8 +184,8 @@ async function within<T>(milliseconds: number, promise: Promise<T>) {
   return value;
 }
 
-/** What tests with processes need: Linux, sh, nc, script, ss, setpriv, /proc. */
 const isLinux = Deno.build.os === "linux";
+/** What tests with processes need: Linux, sh, nc, script, ss, setpriv, /proc. */
 const hasProcesses = isLinux &&
   Deno.permissions.querySync({ name: "run" }).state === "granted";
 
@@ -661,6 +661,7 @@ test("serve() waits for the promise of a greeting function, and keeps nobody els
 
 // ========================= serve(): what a client does =========================
 
+/** More than the buffers hold, on Linux. Windows may have the smallest ones. */
 const most = isLinux ? LARGE.length : 1 << 20;
 for (
   const [what, act] of [
