@@ -20,8 +20,6 @@
  * @module
  */
 
-import { setImmediate } from "node:timers";
-
 // ============== Steps 1 to 4: socket, address, bind, listen ==============
 
 /**
@@ -32,6 +30,7 @@ import { setImmediate } from "node:timers";
  * ```ts
  * import { serve } from "./server.ts";
  *
+ * // Port 0 is any free one.
  * await using server = serve({ port: 0, greeting: "Hello\n" });
  * const conn = await Deno.connect({ port: server.addr.port });
  * console.log(await new Response(conn.readable).text());
@@ -61,6 +60,8 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   // of the address (IPv4 or IPv6), binds the socket to the address, and listens.
   // From then on the kernel connects clients and queues them for accept().
   const { hostname, port, tcpBacklog, reusePort } = settings;
+  // A literal would not compile where deno.json lacks "unstable": ["net"], because
+  // the type of Deno.listen() then lacks reusePort.
   const address = { hostname, port, tcpBacklog, reusePort };
   return new Server(Deno.listen(address), settings);
 }
@@ -74,14 +75,14 @@ class Server implements GreetingServer {
   readonly #listener: Deno.TcpListener;
   readonly #settings: Settings;
   readonly #connections: Connections;
-  /** Tells every connection when it may begin to write. */
+  /** Lets connections begin to write in a fair order. */
   readonly #firstWrites = new WriteGroups();
   /** Tells, at a stop, when the kernel's queue of clients is empty. */
   readonly #queueWatch = new QueueWatch();
   readonly #stop = Promise.withResolvers<void>();
 
   constructor(listener: Deno.TcpListener, settings: Settings) {
-    this.addr = listener.addr as Deno.NetAddr;
+    this.addr = listener.addr;
     this.#listener = listener;
     this.#settings = settings;
     this.#connections = new Connections(settings.timeout, this.#cutOff);
@@ -106,8 +107,7 @@ class Server implements GreetingServer {
 
   /**
    * Step 5: accept clients until the listener is closed. Each round of the
-   * `for await` loop calls accept(). `#queueWatch` is told of each answer of
-   * accept(), and of each pause in which it is not called.
+   * `for await` loop calls accept().
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
@@ -116,7 +116,7 @@ class Server implements GreetingServer {
       try {
         for await (const conn of this.#listener) {
           failures = 0;
-          this.#serve(conn); // not awaited: clients are served side by side
+          this.#greet(conn); // not awaited: clients are served side by side
           this.#queueWatch.acceptAnswered(this.#connections.size);
           if (this.#connections.size >= maxConnections) {
             await this.#queueWatch.pauseAccept(this.#connections.nextEnd());
@@ -127,7 +127,7 @@ class Server implements GreetingServer {
         // An error of accept() ends the `for await` loop. So the loop starts again.
         this.#queueWatch.acceptAnswered(this.#connections.size);
         if (clientHasLeft(error)) continue;
-        if (!clientMayHaveLeft(error)) callBack(onAcceptError, error as Error);
+        callBack(onAcceptError, error as Error);
         // The next call may fail as well, for example because the process is out
         // of file descriptors. Without a pause, the loop would only use up CPU.
         const pause = Math.min(++failures * ACCEPT_RETRY, MAX_ACCEPT_RETRY);
@@ -137,33 +137,36 @@ class Server implements GreetingServer {
   }
 
   /** Steps 6 and 7: the life of a connection. */
-  async #serve(conn: Deno.TcpConn) {
+  async #greet(conn: Deno.TcpConn) {
     const { answer, greeting, timeout, signal } = this.#settings;
-    const connection = this.#connections.add(conn, timeout);
+    const connection = this.#connections.add(conn);
     try {
-      signal?.throwIfAborted(); // accept() had resolved already at the abort
+      // If the abort came just after accept(), #abort has missed this connection.
+      signal?.throwIfAborted();
 
       // Step 6: read, if the client speaks first. What it says is thrown away.
-      if (answer) {
-        connection.waitsForClient = true;
-        await conn.read(SINK);
-        connection.waitsForClient = false;
-      }
+      if (answer) await conn.read(SINK);
       // Then write. First writes take turns, see WriteGroups.
       const bytes = greeting instanceof Uint8Array
         ? greeting
         : toBytes(await greeting(clientOf(conn)));
-      await this.#firstWrites.turn();
+      await this.#firstWrites.enter();
       try {
-        connection.written = await conn.write(pieceOf(bytes, 0));
+        connection.written = await conn.write(bytes.subarray(0, MAX_WRITE));
       } finally {
-        this.#firstWrites.done();
+        this.#firstWrites.leave();
       }
+      // The kernel may have taken only a part. A client may send all that it has
+      // before it reads, so the server reads while it writes the rest. Otherwise all
+      // buffers could be full, and both sides would wait for ever.
       let drained: Promise<void> | undefined;
-      if (connection.written < bytes.length) {
-        drained = drain(conn); // reads while the next line writes
-        await writeRest(connection, bytes);
+      while (connection.written < bytes.length) {
+        drained ??= drain(conn);
+        const { written } = connection;
+        const piece = bytes.subarray(written, written + MAX_WRITE);
+        connection.written += await conn.write(piece);
       }
+
       // If the deadline came before the write resolved, the client has been
       // reported as failed, though the kernel has taken its greeting.
       if (connection.state === "closed") return;
@@ -185,7 +188,7 @@ class Server implements GreetingServer {
 
   /**
    * Step 7: close. A read or write of the connection that is still pending then
-   * rejects. `#serve` catches that and calls this again, which does nothing.
+   * rejects. `#greet` catches that and calls this again, which does nothing.
    */
   #close(connection: Connection, reason?: unknown) {
     const { conn, state: stateBefore } = connection;
@@ -210,8 +213,8 @@ class Server implements GreetingServer {
   /**
    * Clients in the kernel's queue are already connected, so a stop greets them
    * too. But new clients may keep coming, so the listener is closed at the latest
-   * after the timeout. It is counted in four intervals: if the process is suspended
-   * for long, only one of them ends meanwhile, and the others are for the clients.
+   * after the timeout. It is counted in four intervals, of which a suspension of the
+   * process (Ctrl-Z, a sleeping laptop) uses up one at the most.
    */
   async #untilQueueIsGreeted() {
     let quarters = 4;
@@ -238,10 +241,7 @@ class Server implements GreetingServer {
 
   /** Closes a connection at its deadline. A greeted one is not reported again. */
   readonly #cutOff = (connection: Connection) => {
-    const what = connection.waitsForClient
-      ? "the client sent nothing"
-      : "not greeted";
-    const message = `${what} in ${this.#settings.timeout} ms`;
+    const message = `not greeted in ${this.#settings.timeout} ms`;
     this.#close(connection, new Deno.errors.TimedOut(message));
   };
 
@@ -269,8 +269,6 @@ interface Connection {
    * written, and the client has not closed its side yet. `closed`: the end.
    */
   state: "greeting" | "greeted" | "closed";
-  /** Whether the server still waits for the client to speak first. */
-  waitsForClient: boolean;
   /** When it was accepted, on the clock of `performance.now()`. */
   readonly acceptedAt: number;
   /** Bytes of the greeting that the kernel has taken. */
@@ -289,17 +287,19 @@ interface Connection {
 class Connections {
   /** In no order. An array, as adding and removing costs less than in a Set. */
   readonly #open: Connection[] = [];
+  readonly #timeout: number;
+  readonly #cutOff: (connection: Connection) => void;
   /** The length of a tick, in milliseconds. */
   readonly #tick: number;
-  readonly #cutOff: (connection: Connection) => void;
   /** It runs only while there are connections: an idle server uses no CPU. */
   #ticker: ReturnType<typeof setInterval> | undefined;
   #onEnd = () => {};
 
   constructor(timeout: number, cutOff: (connection: Connection) => void) {
+    this.#timeout = timeout;
+    this.#cutOff = cutOff;
     // Deadlines come at a tick, up to two ticks late. So ticks are short.
     this.#tick = Math.min(250, Math.ceil(timeout / 4));
-    this.#cutOff = cutOff;
   }
 
   get size(): number {
@@ -311,17 +311,16 @@ class Connections {
     return [...this.#open];
   }
 
-  add(conn: Deno.TcpConn, timeout: number): Connection {
+  add(conn: Deno.TcpConn): Connection {
     const connection: Connection = {
       conn,
       state: "greeting",
-      waitsForClient: false,
       acceptedAt: performance.now(),
       written: 0,
       timeLeft: NaN, // set below
       index: this.#open.length,
     };
-    this.setDeadline(connection, timeout);
+    this.setDeadline(connection, this.#timeout);
     this.#open.push(connection);
     this.#ticker ??= setInterval(() => this.#countDown(), this.#tick);
     return connection;
@@ -375,31 +374,13 @@ class Connections {
   }
 }
 
-// ================ Reading, writing and waiting for a client ================
+// ==================== Writing, reading, and lingering ====================
 
 /**
- * Writes what is left of a greeting, when the kernel has taken a part. The server
- * has to read meanwhile. A client may send all that it has before it reads. Without
- * a reader, all buffers would be full, and both sides would wait for ever.
+ * The most bytes that one write is given. A larger write would be taken whole by
+ * Windows, and a client that reads nothing would count as greeted.
  */
-async function writeRest(connection: Connection, greeting: Uint8Array) {
-  while (connection.written < greeting.length) {
-    const piece = pieceOf(greeting, connection.written);
-    connection.written += await connection.conn.write(piece);
-  }
-}
-
-/** The most bytes that one write is given. */
 const MAX_WRITE = 256 * 1024;
-
-/**
- * The piece of a greeting to write next. On Windows, the kernel takes a write of
- * any size if its buffer is not full. A large greeting in one write would be taken
- * at once, and a client that reads nothing would count as greeted.
- */
-function pieceOf(greeting: Uint8Array, start: number): Uint8Array {
-  return greeting.subarray(start, start + MAX_WRITE);
-}
 
 /** Receives what all clients send. Nobody reads it, so one buffer serves all. */
 const SINK = new Uint8Array(256 * 1024);
@@ -417,19 +398,16 @@ async function drain(conn: Deno.TcpConn) {
   }
 }
 
-/** The time to close its side after a small greeting, in milliseconds. */
+/** Milliseconds. */
 const LINGER = 1000;
-/**
- * Above this many bytes, the client may need longer to read the greeting. A link
- * of 0.5 Mbit/s carries as much in a second.
- */
+/** More bytes than this may take longer than LINGER to arrive. */
 const LARGE_GREETING = 64 * 1024;
 
 /**
- * How long a greeted client has to close its side. LINGER is short, because a
- * client that never closes holds its place for that time.
+ * How long a greeted client has to close its side, in milliseconds. It is short,
+ * because a client that never closes holds its place for that time.
  *
- * But the kernel's buffer holds up to 4 MB, so a client on a slow link may still be
+ * But the kernel takes up to 4 MB at once, so a client on a slow link may still be
  * reading a large greeting long after it counts as greeted. If it sends something
  * after the server has closed, a reset destroys the rest. So it has more time.
  */
@@ -442,20 +420,11 @@ function lingerTime(greeting: Uint8Array, timeout: number): number {
 const ACCEPT_RETRY = 10;
 const MAX_ACCEPT_RETRY = 100;
 
-/** Whether accept() failed because the client has already left. */
+/** Whether accept() failed because the client has already left, by reset or close. */
 function clientHasLeft(error: unknown): boolean {
   return error instanceof Deno.errors.NotConnected ||
     error instanceof Deno.errors.ConnectionAborted ||
     error instanceof Deno.errors.ConnectionReset; // on Windows
-}
-
-/**
- * Whether accept() may have failed because the client has left. On macOS it then
- * fails with EINVAL, but it does so, too, if the listening socket is broken. Deno
- * throws a TypeError for EINVAL.
- */
-function clientMayHaveLeft(error: unknown): boolean {
-  return Deno.build.os === "darwin" && error instanceof TypeError;
 }
 
 // ==================== First writes: fair to thousands ====================
@@ -465,14 +434,12 @@ function clientMayHaveLeft(error: unknown): boolean {
  * that become ready wait for the next group, which starts as a whole.
  *
  * Deno's runtime (tokio) completes at most 128 operations in a turn of its loop.
- * The other writes go to the end of its line, behind writes that began later. While
- * new clients keep coming, that can happen to the same writes again and again. In
- * groups all clients wait about equally long, because no newer write begins before
- * all writes of the group are done.
- *
- * A group ends soon. A first write goes into an empty buffer, so it does not wait
- * for its client. It waits only if the kernel is out of memory, and then until the
- * connection is closed at its deadline, which makes the write reject.
+ * The others are put behind operations that began later. So while new clients keep
+ * coming, the same writes can be put off again and again. In groups all clients
+ * wait about equally long, because no newer write begins before all writes of the
+ * group are done. A group ends soon: a first write goes into an empty buffer, so it
+ * does not wait for its client. A read waits for its client, so with `answer` reads
+ * stay unfair.
  */
 class WriteGroups {
   /** Writes of the present group that are not done yet. */
@@ -480,8 +447,8 @@ class WriteGroups {
   /** Starts each write of the next group. */
   #next: (() => void)[] = [];
 
-  /** Waits until the caller may write. It must call `done()` afterwards. */
-  turn(): Promise<void> | undefined {
+  /** Waits until the caller may write. It must call `leave()` afterwards. */
+  enter(): Promise<void> | undefined {
     if (this.#writing > 0) {
       return new Promise((start) => this.#next.push(start));
     }
@@ -489,7 +456,7 @@ class WriteGroups {
     return undefined;
   }
 
-  done() {
+  leave() {
     this.#writing--;
     if (this.#writing > 0) return;
     const group = this.#next;
@@ -504,77 +471,61 @@ class WriteGroups {
 /**
  * Finds out when accept() has handed over all clients of the kernel's queue. No
  * call tells the length of the queue. But while it holds a client, accept() gives
- * one, though perhaps late. So if accept() has not answered for long enough, the
+ * one, though perhaps late: it waits in one line with all other operations of the
+ * process. So if accept() has not answered for some turns of the event loop, the
  * queue is empty.
  *
- * How long? In the runtime, accept() waits in one line with all other operations.
- * Each open connection has up to three there (write, half-close, read), and 128
- * leave the line in a turn of the event loop. So 43 connections delay accept() by a
- * turn. The wait is a round for every 25 connections, as a margin, and 16 more for
- * operations of other code. A round has five turns: while other code keeps the
- * loop busy, the runtime looks for new clients only every 61 turns (tokio's
- * `event_interval`), and 16 rounds have 80.
+ * How many turns? A turn completes 128 operations, and each open connection has at
+ * most three in the line (write, half-close, read). So a turn for every 25
+ * connections is more than enough. 16 turns more are for operations of other code.
  */
 class QueueWatch {
-  /** In how many rounds accept() may still give a client. */
-  #roundsLeft = 16;
+  /** In how many turns accept() may still give a client. */
+  #turnsLeft = 16;
   /** Resolves when accept() is called again. */
   #pause: Promise<void> | undefined;
 
   /**
-   * accept() has given a client or an error, while `open` connections were open.
-   * The wait does not become shorter when some of them are closed, because their
-   * operations are in the line already.
+   * accept() has given a client or an error while so many connections were open.
+   * If they are closed later, their operations are in the line all the same.
    */
   acceptAnswered(open: number) {
-    this.#roundsLeft = 16 + open / 25;
+    this.#turnsLeft = 16 + open / 25;
   }
 
-  /** Remembers a pause, in which accept() is not called and no round counts. */
+  /** Is told of a pause, in which accept() is not called and no turn counts. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
   }
 
-  /** Resolves when the queue is empty, or after `giveUp()` and a pause. */
+  /** Resolves when the queue is empty, or after `giveUp()` once a pause has ended. */
   async untilEmpty() {
-    while (this.#roundsLeft > 0) {
+    while (this.#turnsLeft > 0) {
       await this.#pause;
-      this.#roundsLeft--;
-      for (let turn = 0; turn < 4; turn++) await nextTurn();
-      await sleep(0); // a turn in which the event loop can rest
+      this.#turnsLeft--;
+      await sleep(0); // a turn
     }
   }
 
-  /**
-   * The listener is closed, so accept() gives no more clients. A pause goes on. It
-   * ends after 100 ms at the latest or, if no place was free, when a client leaves.
-   */
+  /** The listener is closed, so accept() gives no more clients. */
   giveUp() {
-    this.#roundsLeft = 0;
+    this.#turnsLeft = 0;
   }
 }
 
 // ============================== Small helpers ==============================
 
-/**
- * The runtime's own timers, kept since this module was loaded. If a test fakes the
- * timers later (FakeTime, sinon), the server still works.
- */
-const { setTimeout, setInterval, clearInterval, queueMicrotask } = globalThis;
+/** The runtime's own timers: a user's tests may fake the global ones later. */
+const { setTimeout, setInterval, clearInterval } = globalThis;
 
 function sleep(milliseconds: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
-function nextTurn(): Promise<void> {
-  return new Promise((resolve) => setImmediate(resolve));
-}
-
 /**
  * Calls a callback of the user soon, when the server's own code has returned. An
  * error of the callback is then an uncaught error and does not break off that code.
- * If the callback aborts the signal, that code is not in the middle of its work.
  */
 function callBack<T>(callback: (value: T) => void, value: T) {
   queueMicrotask(() => callback(value));
@@ -589,23 +540,14 @@ function clientOf({ remoteAddr }: Deno.TcpConn): Deno.NetAddr {
 /** Makes an Error of anything that was thrown, or is the reason of an abort. */
 function toError(reason: unknown): Error {
   if (Error.isError(reason)) return reason;
-  return new Error(`not an Error: ${show(reason)}`, { cause: reason });
-}
-
-/** A value for a message. Objects are only named: to print one may throw. */
-function show(value: unknown): string {
-  if (typeof value === "string") return JSON.stringify(value);
-  if (typeof value === "function") return "a function";
-  if (typeof value === "object" && value !== null) return "an object";
-  return String(value);
+  return new Error("not an Error: see its cause", { cause: reason });
 }
 
 /** Encodes text, and copies bytes, which their owner may change later. */
 function toBytes(greeting: Greeting): Uint8Array {
   if (typeof greeting === "string") return new TextEncoder().encode(greeting);
   if (greeting instanceof Uint8Array) return new Uint8Array(greeting);
-  const rule = "greeting must be a string or a Uint8Array";
-  throw new TypeError(`${rule}, not ${show(greeting)}`);
+  throw new TypeError("greeting must be a string or a Uint8Array");
 }
 
 // ================================= Options =================================
@@ -707,7 +649,10 @@ export interface ServeOptions {
 export interface Outcome {
   /** The client's address. */
   remoteAddr: Deno.NetAddr;
-  /** How many bytes of the greeting the kernel has taken. */
+  /**
+   * How many bytes of the greeting the kernel has taken. If the client was cut off
+   * or the server aborted, the kernel may have taken one write more (256 KiB).
+   */
   bytes: number;
   /** The time from accept() until now, in milliseconds. */
   milliseconds: number;
@@ -739,84 +684,72 @@ export interface GreetingServer extends AsyncDisposable {
   shutdown(): Promise<void>;
 }
 
-/**
- * The values of options that are left out. `deno doc` need not show them again.
- *
- * @ignore
- */
+/** The values of options that are left out. */
 const DEFAULTS = {
   hostname: "0.0.0.0",
   port: 9000,
   greeting: "Hello from server\n",
+  answer: false,
   tcpBacklog: 65535,
   timeout: 5000,
   maxConnections: 10000,
   reusePort: false,
-  answer: false,
 };
-
-/** Checked options, with their defaults. */
-type Settings = ReturnType<typeof checkOptions>;
 
 /** The largest number that listen(2) and setTimeout() take. */
 const MAX_INT32 = 2 ** 31 - 1;
+
+/** From a minimum to a maximum. */
+type Range = readonly [min: number, max: number];
+
+/** The options that are whole numbers. */
+const RANGES = {
+  port: [0, 65535],
+  tcpBacklog: [1, MAX_INT32],
+  timeout: [1, MAX_INT32],
+  maxConnections: [1, MAX_INT32],
+} satisfies Record<string, Range>;
+
+/** Checked options, with their defaults. */
+type Settings = ReturnType<typeof checkOptions>;
 
 /**
  * Checks every option. Otherwise Deno and the kernel would silently use another
  * value, or fail at the first client. Only undefined stands for the default.
  */
 function checkOptions(options: ServeOptions) {
-  function check(isRight: boolean, name: string, rule: string, value: unknown) {
-    if (isRight) return;
-    throw new TypeError(`${name} must be ${rule}, not ${show(value)}`);
+  if (typeof options !== "object") {
+    throw new TypeError("options must be an object"); // not serve(8080)
   }
-  function checkNumber(name: string, value: number, min: number, max: number) {
-    check(typeof value === "number", name, "a number", value);
-    if (Number.isInteger(value) && value >= min && value <= max) return;
+  const settings = {
+    ...DEFAULTS,
+    greeting: DEFAULTS.greeting as Greeting | GreetingFunction,
+    onOutcome: (_: Outcome) => {},
+    onAcceptError: (_: Error) => {},
+  };
+  for (const [name, standard] of Object.entries(settings)) {
+    const value = options[name as keyof typeof settings];
+    if (value === undefined) continue;
+    if (name !== "greeting" && typeof value !== typeof standard) {
+      throw new TypeError(`${name} must be a ${typeof standard}`);
+    }
+    Object.assign(settings, { [name]: value });
+  }
+  for (const [name, [min, max]] of Object.entries(RANGES)) {
+    const value = settings[name as keyof typeof RANGES];
+    if (Number.isInteger(value) && value >= min && value <= max) continue;
     const rule = `${name} must be a whole number from ${min} to ${max}`;
     throw new RangeError(`${rule}, not ${value}`);
   }
-  const isObject = typeof options === "object" && options !== null;
-  check(isObject, "options", "an object", options);
-  const {
-    hostname = DEFAULTS.hostname,
-    port = DEFAULTS.port,
-    greeting = DEFAULTS.greeting,
-    answer = DEFAULTS.answer,
-    tcpBacklog = DEFAULTS.tcpBacklog,
-    timeout = DEFAULTS.timeout,
-    maxConnections = DEFAULTS.maxConnections,
-    reusePort = DEFAULTS.reusePort,
-    signal,
-    onOutcome = () => {},
-    onAcceptError = () => {},
-  } = options;
-  check(typeof hostname === "string", "hostname", "a string", hostname);
-  checkNumber("port", port, 0, 65535);
-  check(typeof answer === "boolean", "answer", "a boolean", answer);
-  checkNumber("tcpBacklog", tcpBacklog, 1, MAX_INT32);
-  checkNumber("timeout", timeout, 1, MAX_INT32);
-  checkNumber("maxConnections", maxConnections, 1, MAX_INT32);
-  check(typeof reusePort === "boolean", "reusePort", "a boolean", reusePort);
-  const isSignal = signal === undefined || signal instanceof AbortSignal;
-  check(isSignal, "signal", "an AbortSignal", signal);
-  check(typeof onOutcome === "function", "onOutcome", "a function", onOutcome);
-  const isFunction = typeof onAcceptError === "function";
-  check(isFunction, "onAcceptError", "a function", onAcceptError);
-  return {
-    hostname,
-    port,
-    // A fixed greeting is encoded once, not for every client.
-    greeting: typeof greeting === "function" ? greeting : toBytes(greeting),
-    answer,
-    tcpBacklog,
-    timeout,
-    maxConnections,
-    reusePort,
-    signal,
-    onOutcome,
-    onAcceptError,
-  };
+  const { signal } = options;
+  if (signal !== undefined && !(signal instanceof AbortSignal)) {
+    throw new TypeError("signal must be an AbortSignal");
+  }
+  // A fixed greeting is encoded once, not for every client.
+  const greeting = typeof settings.greeting === "function"
+    ? settings.greeting
+    : toBytes(settings.greeting);
+  return { ...settings, greeting, signal };
 }
 
 // ============================= The command line =============================
@@ -849,35 +782,43 @@ Usage: deno run --allow-net server.ts [options]
   -V, --version              print the version
 `;
 
-/** The flags that take a value, by their letters. */
-// deno-fmt-ignore
-const VALUE_FLAGS: Record<string, string> = { p: "port", H: "hostname",
-  g: "greeting", b: "backlog", t: "timeout", c: "max-connections" };
-
-/** The flags that take no value. */
-// deno-fmt-ignore
-const SWITCHES = { r: "reuse-port", a: "answer", v: "verbose", h: "help",
-  V: "version" };
+/** The flags, by their letters: those with a value, and those without. */
+const VALUES: Record<string, string> = {
+  p: "port",
+  H: "hostname",
+  g: "greeting",
+  b: "backlog",
+  t: "timeout",
+  c: "max-connections",
+};
+const SWITCHES = {
+  r: "reuse-port",
+  a: "answer",
+  v: "verbose",
+  h: "help",
+  V: "version",
+};
 
 /**
- * Writes -gTEXT and -g=TEXT as --greeting=TEXT, but not a -g alone. Otherwise
- * parseArgs() would take the letters of -gTEXT for flags, and cut -g=TEXT at a line
- * break.
+ * Writes -gTEXT and -g=TEXT as --greeting=TEXT. parseArgs() would cut TEXT at an =
+ * or a line break, or take its letters for flags.
  */
 function spellOut(arg: string): string {
-  const [, letter = "", value] = /^-(\w)(?:=|(?=.))(.*)$/s.exec(arg) ?? [];
-  const flag = VALUE_FLAGS[letter];
-  return flag === undefined ? arg : `--${flag}=${value}`;
+  // A letter, perhaps a =, and then anything, line breaks too.
+  const [, letter = "", value] = /^-([a-zA-Z])=?(.*)$/s.exec(arg) ?? [];
+  const flag = VALUES[letter];
+  return flag && arg.length > 2 ? `--${flag}=${value}` : arg;
 }
 
-/** Finds the values of the flags, and the other arguments, which are mistakes. */
+/** Finds the flags, with their values as text, and the mistakes among the rest. */
 async function findFlags(args: string[]) {
   // Loaded here, so that the module works where this package is not installed.
-  const { parseArgs } = await import("@std/cli/parse-args");
+  const { parseArgs } = await import("@std/cli/parse-args")
+    .catch(cannot("load @std/cli/parse-args"));
   const unknown: string[] = [];
-  const found: Record<string, unknown> = parseArgs(args.map(spellOut), {
-    alias: { ...VALUE_FLAGS, ...SWITCHES },
-    string: Object.values(VALUE_FLAGS),
+  const { _: words, ...flags } = parseArgs(args.map(spellOut), {
+    alias: { ...VALUES, ...SWITCHES },
+    string: Object.values(VALUES),
     default: {
       port: `${DEFAULTS.port}`,
       hostname: DEFAULTS.hostname,
@@ -887,15 +828,14 @@ async function findFlags(args: string[]) {
       "max-connections": `${DEFAULTS.maxConnections}`,
     },
     // The switches are not declared as `boolean`, because then parseArgs() would
-    // take --verbose=no for true.
-    unknown: (arg: string) => {
+    // take --verbose=no for true. isOn() checks them.
+    unknown(arg: string) {
       unknown.push(arg);
       return false;
     },
   });
-  // `unknown` has the other words. Those after `--` are here.
-  const { _: wordsAfterDashes, ...values } = found;
-  return { values, others: [...unknown, ...wordsAfterDashes as string[]] };
+  unknown.push(...words.map(String)); // the words after `--`
+  return { flags: flags as Record<string, unknown>, unknown };
 }
 
 /**
@@ -904,63 +844,61 @@ async function findFlags(args: string[]) {
  *
  * @throws {Error} There is an unknown flag, a stray word, or a bad or missing
  * value. The message is one line.
- * @throws {TypeError} The package @std/cli cannot be loaded.
  * @ignore
  */
 export async function parseFlags(args: string[]): Promise<
   typeof DEFAULTS & { verbose: boolean; help: boolean; version: boolean }
 > {
-  const { values, others: [other] } = await findFlags(args);
+  const { flags, unknown: [mistake] } = await findFlags(args);
   function text(flag: string): string {
-    if (values[flag] !== "") return values[flag] as string;
+    if (flags[flag] !== "") return flags[flag] as string;
     throw new Error(`--${flag} needs a value: --${flag}=...`);
   }
-  function number(flag: string, min: number, max: number, fractions = false) {
-    const value = text(flag);
-    // Number() alone would also take " 80", 0x50 and 1e3.
-    const form = fractions ? /^(\d+|\d*\.\d+)$/ : /^\d+$/;
-    const parsed = form.test(value) ? Number(value) : NaN;
-    if (parsed >= min && parsed <= max) return parsed;
-    const kind = fractions ? "number" : "whole number";
+  // Number() alone would also take " 80", 0x50 and 1e3.
+  function number(flag: string, [min, max]: Range, form = /^\d+$/) {
+    const value = form.test(text(flag)) ? Number(text(flag)) : NaN;
+    if (value >= min && value <= max) return value;
+    const kind = Number.isInteger(min) ? "whole number" : "number";
     const rule = `--${flag} must be a ${kind} from ${min} to ${max}`;
-    throw new RangeError(`${rule}, not ${show(value)}`);
+    throw new Error(`${rule}, not ${JSON.stringify(text(flag))}`);
   }
   function isOn(flag: string): boolean {
-    const value = values[flag] ?? false;
+    const value = flags[flag] ?? false;
     if (typeof value === "boolean") return value;
-    throw new Error(`--${flag} takes no value, and was given ${show(value)}`);
+    const given = JSON.stringify(value);
+    throw new Error(`--${flag} takes no value, and was given ${given}`);
   }
-
   const greeting = text("greeting");
   const needsNewline = greeting !== "-" && !greeting.endsWith("\n");
-  const maxSeconds = Math.floor(MAX_INT32 / 1000);
-  const flags = {
+  const seconds: Range = [0.001, Math.floor(MAX_INT32 / 1000)];
+  const parsed = {
     hostname: text("hostname"),
-    port: number("port", 0, 65535),
+    port: number("port", RANGES.port),
     greeting: needsNewline ? greeting + "\n" : greeting,
-    tcpBacklog: number("backlog", 1, MAX_INT32),
-    timeout: Math.round(1000 * number("timeout", 0.001, maxSeconds, true)),
-    maxConnections: number("max-connections", 1, MAX_INT32),
+    tcpBacklog: number("backlog", RANGES.tcpBacklog),
+    timeout: Math.round(
+      1000 * number("timeout", seconds, /^(\d+|\d*\.\d+)$/),
+    ),
+    maxConnections: number("max-connections", RANGES.maxConnections),
     reusePort: isOn("reuse-port"),
     answer: isOn("answer"),
     verbose: isOn("verbose"),
     help: isOn("help"),
     version: isOn("version"),
   };
-  if (other === undefined) return flags;
-  const kind = /^-./.test(other) ? "unknown flag" : "stray word";
-  throw new Error(`${kind} ${show(other)}`);
+  if (mistake === undefined) return parsed;
+  const kind = /^-./.test(mistake) ? "unknown flag" : "stray word";
+  throw new Error(`${kind} ${JSON.stringify(mistake)}`);
 }
 
 /** `host:port`, with brackets around an IPv6 address. */
 function hostPort({ hostname, port }: { hostname: string; port: number }) {
-  const isBareIPv6 = hostname.includes(":") && !hostname.startsWith("[");
-  return `${isBareIPv6 ? `[${hostname}]` : hostname}:${port}`;
+  return `${hostname.includes(":") ? `[${hostname}]` : hostname}:${port}`;
 }
 
 /** A client's command that works on this machine. */
-function clientFor({ hostname, port }: Deno.NetAddr): string {
-  // Not `localhost`, which may mean ::1, where a server on 0.0.0.0 does not listen.
+function tryCommand({ hostname, port }: Deno.NetAddr): string {
+  // Not `localhost`: for some clients that is ::1, where 0.0.0.0 does not listen.
   const any: Record<string, string> = { "0.0.0.0": "127.0.0.1", "::": "::1" };
   return `nc ${any[hostname] ?? hostname} ${port}`;
 }
@@ -972,50 +910,31 @@ function lineFor({ remoteAddr, bytes, milliseconds, error }: Outcome): string {
 }
 
 /**
- * Prints lines to standard error, without waiting for it: a reader that stalls does
- * not delay a greeting, and delays the end by half a second at the most.
+ * Standard error, behind a buffer of 1 MiB: a reader that stalls delays no greeting.
+ * While the buffer is full, lines are dropped. If standard error fails, there is no
+ * place to say so.
  */
-class Log {
-  /** The most that is kept for a slow reader. Later lines are dropped. */
-  static readonly #LIMIT = 1 << 20;
-  #waiting = "";
-  #writer: Promise<void> | undefined;
+const log = new WritableStream<Uint8Array>(
+  { write: (line) => writeAll(Deno.stderr, line).catch(() => {}) },
+  new ByteLengthQueuingStrategy({ highWaterMark: 1 << 20 }),
+).getWriter();
 
-  say(line: string) {
-    if (this.#waiting.length + line.length > Log.#LIMIT) return;
-    this.#waiting += printable(line) + "\n";
-    this.#writer ??= this.#write();
-  }
-
-  async #write() {
-    while (this.#waiting !== "") {
-      const lines = this.#waiting;
-      this.#waiting = "";
-      // If standard error fails, there is no place to say so.
-      await writeAll(Deno.stderr, lines).catch(() => {});
-    }
-    this.#writer = undefined;
-  }
-
-  /** Waits until all is written, or for half a second. */
-  async flush() {
-    await Promise.race([this.#writer, sleep(500)]);
-  }
-}
-
-/**
- * One line of text. Control and format characters are escaped, because a terminal
- * would obey them, and a user's text may hold them.
- */
-function printable(line: string): string {
-  return line.replace(/\s+/g, " ").replace(
+/** Prints a line. Resolves when it is written. */
+async function say(line: string) {
+  // Control and format characters are escaped, because a terminal would obey them,
+  // and a user's text may hold them.
+  const printable = line.replace(/\s+/g, " ").replace(
     /[\p{Cc}\p{Cf}]/gu,
     (character) => `\\u{${character.codePointAt(0)!.toString(16)}}`,
   );
+  if (log.desiredSize! > 0) await log.write(encode(printable + "\n"));
 }
 
-async function writeAll(stream: typeof Deno.stderr, text: string) {
-  const bytes = new TextEncoder().encode(text);
+function encode(text: string): Uint8Array {
+  return new TextEncoder().encode(text);
+}
+
+async function writeAll(stream: typeof Deno.stderr, bytes: Uint8Array) {
   for (let written = 0; written < bytes.length;) {
     try {
       written += await stream.write(bytes.subarray(written));
@@ -1028,12 +947,9 @@ async function writeAll(stream: typeof Deno.stderr, text: string) {
   }
 }
 
-const log = new Log();
-
-/** Prints a last line, and ends the process when it is written. */
+/** Prints a last line, and ends the process, half a second later at the latest. */
 async function exit(exitCode: number, line: string): Promise<never> {
-  log.say(line);
-  await log.flush();
+  await Promise.race([say(line), sleep(500)]);
   Deno.exit(exitCode);
 }
 
@@ -1045,7 +961,7 @@ function cannot(task: string) {
 async function readGreeting(): Promise<Uint8Array> {
   if (Deno.stdin.isTerminal()) {
     const keys = Deno.build.os === "windows" ? "Ctrl-Z and Enter" : "Ctrl-D";
-    log.say(`Reading the greeting from the terminal; end it with ${keys}`);
+    say(`Reading the greeting from the terminal; end it with ${keys}`);
   }
   const greeting = await new Response(Deno.stdin.readable).bytes();
   if (greeting.length === 0) throw new Error("it is empty");
@@ -1062,11 +978,10 @@ function stopSignal(): Promise<void> {
     ? ["SIGINT", "SIGBREAK"]
     : ["SIGINT", "SIGTERM", "SIGHUP"];
   return new Promise((resolve) => {
-    function stop() {
+    async function stop() {
       resolve();
-      setTimeout(() => {
-        for (const signal of signals) Deno.removeSignalListener(signal, stop);
-      }, 500);
+      await sleep(500);
+      for (const signal of signals) Deno.removeSignalListener(signal, stop);
     }
     for (const signal of signals) Deno.addSignalListener(signal, stop);
   });
@@ -1074,14 +989,10 @@ function stopSignal(): Promise<void> {
 
 async function main() {
   const { help, version, verbose, ...options } = await parseFlags(Deno.args)
-    .catch((error) =>
-      error instanceof TypeError
-        ? cannot("load @std/cli/parse-args")(error)
-        : exit(2, `${error.message} (see --help)`)
-    );
+    .catch(({ message }) => exit(2, `${message} (see --help)`));
   if (help || version) {
     const output = help ? HELP : `@greeting/server ${VERSION}\n`;
-    return await writeAll(Deno.stdout, output)
+    return await writeAll(Deno.stdout, encode(output))
       .catch(cannot("write to standard output"));
   }
   const greeting = options.greeting === "-"
@@ -1090,7 +1001,7 @@ async function main() {
 
   let greeted = 0;
   let failed = 0;
-  let complained = -Infinity;
+  let toldAt = -Infinity;
   // Promise.try() hands what serve() throws to catch().
   const server = await Promise.try(serve, {
     ...options,
@@ -1098,28 +1009,26 @@ async function main() {
     onOutcome(outcome) {
       if (outcome.error) failed++;
       else greeted++;
-      if (verbose) log.say(lineFor(outcome));
+      if (verbose) say(lineFor(outcome));
     },
     onAcceptError(error) {
       // One line a second is enough: accept() is tried many times a second.
-      if (performance.now() - complained < 1000) return;
-      complained = performance.now();
-      log.say(`Cannot accept, trying again: ${error.message}`);
+      if (performance.now() - toldAt < 1000) return;
+      toldAt = performance.now();
+      say(`Cannot accept, trying again: ${error.message}`);
     },
   }).catch(cannot(`listen on ${hostPort(options)}`));
 
-  const stopped = stopSignal(); // before "Listening" is printed
-  // An address such as fe80::1%eth0 names its network interface after the %. Deno
-  // does not show that part, but a client needs it.
-  const zone = /%[^\]]*/.exec(options.hostname)?.[0] ?? "";
-  const addr = { ...server.addr, hostname: server.addr.hostname + zone };
-  log.say(`Listening on ${hostPort(addr)} (try: ${clientFor(addr)})`);
+  const stopped = stopSignal(); // a reader of the next line may signal at once
+  const { addr } = server;
+  say(`Listening on ${hostPort(addr)} (try: ${tryCommand(addr)})`);
   await stopped;
 
   server.shutdown();
-  if (server.connections > 0) {
-    log.say(
-      `Stopping: waiting for clients (${server.connections} left); a second signal ends it`,
+  const left = server.connections;
+  if (left > 0) {
+    say(
+      `Stopping: waiting for clients (${left} left); a second signal ends it`,
     );
   }
   await server.finished;
