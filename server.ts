@@ -60,8 +60,8 @@ export function serve(options: ServeOptions = {}): GreetingServer {
   // of the address (IPv4 or IPv6), binds the socket to the address, and listens.
   // From then on the kernel connects clients and queues them for accept().
   const { hostname, port, tcpBacklog, reusePort } = settings;
-  // A literal would not compile where deno.json lacks "unstable": ["net"], because
-  // the type of Deno.listen() then lacks reusePort.
+  // Where deno.json lacks "unstable": ["net"], the type of Deno.listen() lacks
+  // reusePort. TypeScript then rejects it in a literal, but not in a variable.
   const address = { hostname, port, tcpBacklog, reusePort };
   return new Server(Deno.listen(address), settings);
 }
@@ -94,7 +94,6 @@ class Server implements GreetingServer {
     return this.#connections.size;
   }
 
-  /** The life of the server. */
   async #run() {
     const accepting = this.#accept(); // goes on until the listener is closed
     await this.#stop.promise;
@@ -111,7 +110,7 @@ class Server implements GreetingServer {
    */
   async #accept() {
     const { maxConnections, onAcceptError } = this.#settings;
-    let failures = 0; // one after the other
+    let failures = 0; // in a row
     while (true) {
       try {
         for await (const conn of this.#listener) {
@@ -167,8 +166,8 @@ class Server implements GreetingServer {
         connection.written += await conn.write(piece);
       }
 
-      // If the deadline came before the write resolved, the client has been
-      // reported as failed, though the kernel has taken its greeting.
+      // If the deadline or an abort came before the write resolved, the client has
+      // been reported as failed, though the kernel has taken its greeting.
       if (connection.state === "closed") return;
       connection.state = "greeted";
       this.#connections.setDeadline(connection, lingerTime(bytes, timeout));
@@ -213,8 +212,8 @@ class Server implements GreetingServer {
   /**
    * Clients in the kernel's queue are already connected, so a stop greets them
    * too. But new clients may keep coming, so the listener is closed at the latest
-   * after the timeout. It is counted in four intervals, of which a suspension of the
-   * process (Ctrl-Z, a sleeping laptop) uses up one at the most.
+   * after the timeout. The timeout is counted in four intervals, of which a
+   * suspension of the process (Ctrl-Z, a sleeping laptop) uses up one at the most.
    */
   async #untilQueueIsGreeted() {
     let quarters = 4;
@@ -255,9 +254,6 @@ class Server implements GreetingServer {
     });
   }
 }
-
-// The eight steps end here. Below are the mechanisms that they call, then the
-// options, then an ordinary command line, which has nothing to do with sockets.
 
 // ============ The open connections, each with its deadline ============
 
@@ -377,8 +373,8 @@ class Connections {
 // ==================== Writing, reading, and lingering ====================
 
 /**
- * The most bytes that one write is given. A larger write would be taken whole by
- * Windows, and a client that reads nothing would count as greeted.
+ * The most bytes that one write is given. Windows takes a write of any size whole.
+ * So after one large write, a client that reads nothing would count as greeted.
  */
 const MAX_WRITE = 256 * 1024;
 
@@ -409,14 +405,15 @@ const LARGE_GREETING = 64 * 1024;
  *
  * But the kernel takes up to 4 MB at once, so a client on a slow link may still be
  * reading a large greeting long after it counts as greeted. If it sends something
- * after the server has closed, a reset destroys the rest. So it has more time.
+ * after the server has closed, a reset destroys what it has not read yet. So it
+ * has the whole timeout.
  */
 function lingerTime(greeting: Uint8Array, timeout: number): number {
   if (greeting.length > LARGE_GREETING) return timeout;
   return Math.min(timeout, LINGER);
 }
 
-/** The pause after a failed accept(), and after many of them, in milliseconds. */
+/** Each failure in a row makes the pause longer, by milliseconds up to a maximum. */
 const ACCEPT_RETRY = 10;
 const MAX_ACCEPT_RETRY = 100;
 
@@ -471,7 +468,7 @@ class WriteGroups {
 /**
  * Finds out when accept() has handed over all clients of the kernel's queue. No
  * call tells the length of the queue. But while it holds a client, accept() gives
- * one, though perhaps late: it waits in one line with all other operations of the
+ * one, though perhaps late, because accept() waits in one line with all other operations of the
  * process. So if accept() has not answered for some turns of the event loop, the
  * queue is empty.
  *
@@ -482,18 +479,19 @@ class WriteGroups {
 class QueueWatch {
   /** In how many turns accept() may still give a client. */
   #turnsLeft = 16;
-  /** Resolves when accept() is called again. */
+  /** The latest pause, if there was one. */
   #pause: Promise<void> | undefined;
 
   /**
    * accept() has given a client or an error while so many connections were open.
-   * If they are closed later, their operations are in the line all the same.
+   * A close does not take their operations out of the line, so the number counts
+   * on when some of them are closed.
    */
   acceptAnswered(open: number) {
     this.#turnsLeft = 16 + open / 25;
   }
 
-  /** Is told of a pause, in which accept() is not called and no turn counts. */
+  /** Call this for a pause in which accept() is not called: no turn counts then. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
@@ -508,7 +506,7 @@ class QueueWatch {
     }
   }
 
-  /** The listener is closed, so accept() gives no more clients. */
+  /** Ends `untilEmpty()`, because the listener is closed. */
   giveUp() {
     this.#turnsLeft = 0;
   }
@@ -627,7 +625,7 @@ export interface ServeOptions {
   /** Aborting it stops the server and closes every connection at once. */
   signal?: AbortSignal | undefined;
   /**
-   * Called once for every client, when it has been greeted or could not be. An
+   * Called once for every accepted client, when it is greeted or has failed. An
    * error thrown here is an uncaught error, which by default ends the process.
    */
   onOutcome?: ((outcome: Outcome) => void) | undefined;
