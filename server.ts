@@ -413,7 +413,7 @@ function lingerTime(greeting: Uint8Array, timeout: number): number {
   return Math.min(timeout, LINGER);
 }
 
-/** Each failure in a row makes the pause longer, by milliseconds up to a maximum. */
+/** Each failure in a row makes the pause longer, up to a maximum. Milliseconds. */
 const ACCEPT_RETRY = 10;
 const MAX_ACCEPT_RETRY = 100;
 
@@ -468,9 +468,9 @@ class WriteGroups {
 /**
  * Finds out when accept() has handed over all clients of the kernel's queue. No
  * call tells the length of the queue. But while it holds a client, accept() gives
- * one, though perhaps late, because accept() waits in one line with all other operations of the
- * process. So if accept() has not answered for some turns of the event loop, the
- * queue is empty.
+ * one, though perhaps late, because accept() waits in one line with all other
+ * operations of the process. So if accept() has not answered for some turns of the
+ * event loop, the queue is empty.
  *
  * How many turns? A turn completes 128 operations, and each open connection has at
  * most three in the line (write, half-close, read). So a turn for every 25
@@ -491,7 +491,7 @@ class QueueWatch {
     this.#turnsLeft = 16 + open / 25;
   }
 
-  /** Call this for a pause in which accept() is not called: no turn counts then. */
+  /** Call this for a pause in which accept() is not called. No turn counts then. */
   pauseAccept(until: Promise<void>): Promise<void> {
     this.#pause = until;
     return until;
