@@ -413,7 +413,7 @@ function lingerTime(greeting: Uint8Array, timeout: number): number {
   return Math.min(timeout, LINGER);
 }
 
-/** Each failure in a row makes the pause longer, up to a maximum. Milliseconds. */
+/** Each failure in a row adds so many milliseconds to the pause, up to a maximum. */
 const ACCEPT_RETRY = 10;
 const MAX_ACCEPT_RETRY = 100;
 
@@ -484,8 +484,8 @@ class QueueWatch {
 
   /**
    * accept() has given a client or an error while so many connections were open.
-   * A close does not take their operations out of the line, so the number counts
-   * on when some of them are closed.
+   * Closing one does not take its operations out of the line, so the number of
+   * turns is not lowered then.
    */
   acceptAnswered(open: number) {
     this.#turnsLeft = 16 + open / 25;
